@@ -1,0 +1,1 @@
+"""One file per published system, on shared parts in ``nn`` and ``entropy``."""

@@ -1,0 +1,60 @@
+"""Residual and sub-pixel blocks of the convolutional transforms.
+
+The main path of a transform built from these blocks is linear: the down- and up-sampling convolutions carry no
+activation, and every non-linearity sits in a residual branch. A fresh network is therefore close to a linear block
+transform, which trains much faster than a plain stack (the observation behind AuxT, Li et al. 2025).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ResidualBlock(nn.Module):
+    """x + conv3(relu(conv3(x))); shape (B, C, H, W) is kept. The branch starts at a tenth of its usual size."""
+
+    def __init__(self, channels: int, hidden: int | None = None):
+        super().__init__()
+        hidden = hidden or channels
+        self.a = nn.Conv2d(channels, hidden, 3, padding=1)
+        self.b = nn.Conv2d(hidden, channels, 3, padding=1)
+        with torch.no_grad():
+            self.b.weight.mul_(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.b(F.relu(self.a(x)))
+
+
+class Upsample(nn.Sequential):
+    """Sub-pixel upsampling: (B, C, H, W) -> (B, out, H*r, W*r) by a k x k convolution and a pixel shuffle."""
+
+    def __init__(self, channels: int, out: int, r: int = 2, kernel: int = 1):
+        super().__init__(nn.Conv2d(channels, out * r * r, kernel, padding=kernel // 2), nn.PixelShuffle(r))
+
+
+def knot_weights(level: Tensor, knots: int, levels: int) -> Tensor:
+    """Weights (B, knots) of the linear interpolation at integer or real ``level`` (B,) in 0..levels."""
+    position = level.to(torch.float32) * ((knots - 1) / levels)
+    grid = torch.arange(knots, dtype=torch.float32, device=level.device)
+    return (1 - (position[:, None] - grid).abs()).clamp_min(0)
+
+
+class LevelAffine(nn.Module):
+    """Scale and shift per channel that depend on the quality level: x * (1 + s(level)) + b(level).
+
+    ``s`` and ``b`` are linear between ``knots`` learned vectors, so one model serves every quality
+    (the gain units of Cui et al. 2021, with a shift added).
+    """
+
+    def __init__(self, channels: int, knots: int, levels: int):
+        super().__init__()
+        self.knots, self.levels = knots, levels
+        self.scale = nn.Parameter(torch.zeros(knots, channels))
+        self.shift = nn.Parameter(torch.zeros(knots, channels))
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        w = knot_weights(level, self.knots, self.levels)
+        scale, shift = (w @ self.scale)[:, :, None, None], (w @ self.shift)[:, :, None, None]
+        return torch.addcmul(x + shift, x, scale)

@@ -1,0 +1,250 @@
+"""One training loop for all image codecs.
+
+    codec train hyperprior:light --recipe train/recipes/hyperprior-light.toml --data photos/ --out runs/light
+
+A recipe is a TOML file (see ``recipes/``). The learning rate follows the fraction of the run that is done, where a run
+is bounded by steps, by minutes, or by both; a stopped run goes on from its last checkpoint (``--resume``).
+The loss of a sample at level l is (bpp + lambda(l) * 255^2 * MSE) * lambda(l)^-0.5: the power makes every quality weigh about
+the same, because the rate itself grows like lambda^0.56 (otherwise the high qualities would take all the gradient).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+import tomllib
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..codecs import registry
+from ..codecs.base import LEVELS, ImageCodec
+from .data import Crops, load_folder
+from .optim import optimisers
+
+
+@dataclass
+class Recipe:
+    """Everything that decides a run, besides the data. Stages are run in order; ``until`` is a fraction of the run."""
+
+    optimiser: str = "adam"
+    lr: float = 1e-3
+    muon_lr: float = 2e-3
+    warmup_steps: int = 200
+    decay_from: float = 0.3  # fraction of the run at which the cosine to zero begins
+    clip: float = 1.0
+    ema: float = 0.999
+    steps: int = 10**9
+    minutes: float = 1e9
+    weight_power: float = 0.5
+    seed: int = 0
+    stages: list[dict[str, Any]] = field(default_factory=lambda: [{"until": 1.0, "crop": 128, "batch": 8}])
+
+    @classmethod
+    def read(cls, path: Path | None, **overrides: Any) -> "Recipe":
+        """Recipe from a TOML file; ValueError for an unknown key."""
+        values = tomllib.loads(Path(path).read_text()) if path else {}
+        values.update({k: v for k, v in overrides.items() if v is not None})
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"{path}: unknown recipe key {sorted(unknown)[0]!r}")
+        return cls(**values)
+
+    def stage(self, done: float) -> dict[str, Any]:
+        return next((s for s in self.stages if done < s["until"]), self.stages[-1])
+
+    def rate(self, step: int, done: float) -> float:
+        """Factor on the peak learning rate."""
+        warm = min(1.0, (step + 1) / self.warmup_steps)
+        if done <= self.decay_from:
+            return warm
+        t = min(1.0, (done - self.decay_from) / (1 - self.decay_from))
+        return warm * (0.5 + 0.5 * math.cos(math.pi * t)) + 1e-3
+
+
+def rd_loss(codec: ImageCodec, x: Tensor, level: Tensor, power: float, model=None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weighted rate-distortion loss (scalar) of x (B, 3, h, w) and detached figures per sample."""
+    out = (model or codec)(x, level)
+    pixels = x.shape[2] * x.shape[3]
+    bpp = sum(out.bits.values()) / pixels
+    mse = (out.x_hat.float() - x).square().flatten(1).mean(1)
+    lam = codec.lambda_of(level)
+    loss = (bpp + lam * 255**2 * mse) * lam**-power
+    parts = {f"bpp_{name}": bits.detach() / pixels for name, bits in out.bits.items()}
+    return loss.mean(), {"bpp": bpp.detach(), "mse": mse.detach(), **parts}
+
+
+@torch.no_grad()
+def validate(codec: ImageCodec, pictures: Tensor, levels: tuple[int, ...] = (100, 300, 500, 700, 900)) -> list[dict]:
+    """Rate and PSNR with training noise on fixed pictures (n, 3, h, w) uint8, for the log. Shipping is decided on bytes."""
+    codec.eval()
+    rows = []
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(0)
+    for level in levels:
+        bpp, psnr = [], []
+        for batch in pictures.split(8):
+            x = batch.to(next(codec.parameters()).device).float() / 255
+            lv = torch.full((len(x),), float(level), device=x.device)
+            out = codec(x, lv)
+            mse = (out.x_hat.float().clamp(0, 1) - x).square().flatten(1).mean(1)
+            bpp.append(sum(out.bits.values()) / (x.shape[2] * x.shape[3]))
+            psnr.append(-10 * torch.log10(mse))
+        rows.append({"level": level, "bpp": float(torch.cat(bpp).mean()), "psnr": float(torch.cat(psnr).mean())})
+    torch.set_rng_state(generator_state)
+    codec.train()
+    return rows
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Checkpoint, replaced atomically."""
+    torch.save(state, path.with_suffix(".partial"))
+    os.replace(path.with_suffix(".partial"), path)
+
+
+def train(codec: ImageCodec, stacks: list[Tensor], recipe: Recipe, out: Path, *, device: str = "cpu",
+          resume: bool = False, init: Path | None = None, checkpoint_minutes: float = 4, compile_model: bool = False,
+          log_every: int = 100) -> None:  # fmt: skip
+    """Train until the recipe is done. Writes ``last.pt`` (everything) and ``log.jsonl`` below ``out``."""
+    out.mkdir(parents=True, exist_ok=True)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if device.startswith("cuda") else device
+    torch.manual_seed(recipe.seed + rank)
+    codec = codec.to(device=device, memory_format=torch.channels_last).train()
+    if init is not None:
+        codec.load_state_dict(torch.load(init, map_location=device, weights_only=True)["ema"])
+    ema = deepcopy(codec).requires_grad_(False)
+    opts = optimisers(codec, recipe.optimiser, recipe.lr, recipe.muon_lr)
+    step, spent = 0, 0.0
+    if resume and (out / "last.pt").exists():
+        state = torch.load(out / "last.pt", map_location=device, weights_only=True)
+        codec.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        for opt, saved in zip(opts, state["optimisers"]):
+            opt.load_state_dict(saved)
+        step, spent = state["step"], state["seconds"]
+    model: Any = codec
+    if world > 1:
+        model = torch.nn.parallel.DistributedDataParallel(codec)
+    if compile_model:
+        model = torch.compile(model)
+    half = torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else nullcontext()
+    held_out = stacks[-1][-16:]  # of the largest size; never seen by the crops below
+    stacks = [*stacks[:-1], stacks[-1][:-16]]
+    crops, stage = None, None
+    log = (out / "log.jsonl").open("a") if rank == 0 else None
+    started, window, last_saved, pixels_seen = time.monotonic() - spent, [], time.monotonic(), 0
+    window_start = time.monotonic()
+
+    def checkpoint() -> None:
+        seconds = time.monotonic() - started
+        save(out / "last.pt", {"model": codec.state_dict(), "ema": ema.state_dict(), "step": step, "seconds": seconds,
+                               "optimisers": [o.state_dict() for o in opts], "recipe": vars(recipe)})  # fmt: skip
+        row = {"step": step, "minutes": seconds / 60, "validation": validate(ema, held_out)}
+        log.write(json.dumps(row) + "\n")
+        log.flush()
+        print(json.dumps(row), flush=True)
+
+    while True:
+        done = max(step / recipe.steps, (time.monotonic() - started) / 60 / recipe.minutes)
+        if done >= 1:
+            break
+        if recipe.stage(done) is not stage:
+            stage = recipe.stage(done)
+            crops = Crops(stacks, stage["batch"], stage["crop"], device, seed=recipe.seed * 1000 + rank + 7 * step)
+        for opt in opts:
+            for group in opt.param_groups:
+                group["lr"] = group["peak"] * recipe.rate(step, done)
+        x = crops.next().contiguous(memory_format=torch.channels_last)
+        # stratified levels: every batch sees the whole range
+        level = (torch.arange(len(x)) + torch.rand(len(x))) / len(x) * LEVELS
+        level = level[torch.randperm(len(x))].to(device)
+        with half:
+            loss, figures = rd_loss(codec, x, level, recipe.weight_power, model)
+        for opt in opts:
+            opt.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(codec.parameters(), recipe.clip)
+        if not torch.isfinite(norm):
+            print(f"step {step}: gradient is not finite, step skipped", flush=True)
+        else:
+            for opt in opts:
+                opt.step()
+            decay = min(recipe.ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(ema.parameters()), list(codec.parameters()), 1 - decay)
+        step += 1
+        pixels_seen += x.shape[0] * x.shape[2] * x.shape[3]
+        window.append((loss.detach(), figures["bpp"].mean(), figures["bpp_z"].mean() if "bpp_z" in figures else loss.new_zeros(()), norm))
+        if step % log_every == 0 and rank == 0:
+            mean = torch.stack([torch.stack(row) for row in window]).mean(0).tolist()
+            now = time.monotonic()
+            row = {"step": step, "minutes": (now - started) / 60, "loss": mean[0], "bpp": mean[1], "bpp_z": mean[2],
+                   "grad_norm": mean[3], "lr_factor": recipe.rate(step, done),
+                   "mpx_per_s": pixels_seen / 1e6 / (now - window_start)}  # fmt: skip
+            log.write(json.dumps(row) + "\n")
+            print(" ".join(f"{k}={v:.4g}" for k, v in row.items()), flush=True)
+            window, pixels_seen, window_start = [], 0, now
+        if rank == 0 and time.monotonic() - last_saved > checkpoint_minutes * 60:
+            checkpoint()
+            last_saved = window_start = time.monotonic()
+            pixels_seen = 0
+    if rank == 0:
+        checkpoint()
+        log.close()
+
+
+def main(argv: list[str] | argparse.Namespace | None = None) -> int:
+    """``codec train``."""
+    args = argv
+    if not isinstance(argv, argparse.Namespace):
+        parser = argparse.ArgumentParser(prog="codec train", description="Train a codec.")
+        add_arguments(parser)
+        args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    name, _, preset = args.codec.partition(":")
+    codec = registry.codec_class(name).from_preset(preset or "light")
+    recipe = Recipe.read(args.recipe, steps=args.steps, minutes=args.minutes, seed=args.seed, optimiser=args.optimiser,
+                         lr=args.lr, muon_lr=args.muon_lr)  # fmt: skip
+    device = args.device if args.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    stacks = load_folder(args.data, args.cache)
+    train(codec, stacks, recipe, args.out, device=device, resume=args.resume, init=args.init,
+          checkpoint_minutes=args.checkpoint_minutes, compile_model=args.compile)  # fmt: skip
+    return 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``codec train``."""
+    parser.add_argument("codec", help="codec and preset, for example hyperprior:light")
+    parser.add_argument("--data", type=Path, required=True, help="folder of training pictures")
+    parser.add_argument("--cache", type=Path, help=".npz file that keeps the decoded pictures")
+    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and log")
+    parser.add_argument("--recipe", type=Path, help="TOML file of the run")
+    parser.add_argument("--steps", type=int, help="stop after so many steps")
+    parser.add_argument("--minutes", type=float, help="stop after so many minutes")
+    parser.add_argument("--optimiser", choices=("adam", "muon"))
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--muon-lr", type=float)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pt")
+    parser.add_argument("--init", type=Path, help="start from the averaged weights of this checkpoint")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--checkpoint-minutes", type=float, default=4)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

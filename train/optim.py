@@ -1,0 +1,61 @@
+"""Muon for convolution kernels: momentum, orthogonalised by a Newton-Schulz iteration.
+
+Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers"; the scale that lets it share Adam's learning rate is
+that of Liu et al. 2025 ("Muon is scalable for LLM training"). torch.optim.Muon takes matrices only; kernels
+(out, in, k, k) are seen here as matrices (out, in*k*k).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
+    """Nearest semi-orthogonal matrix of g (m, n), roughly: singular values end in about 0.7..1.2."""
+    a, b, c = NEWTON_SCHULZ
+    tall = g.shape[0] > g.shape[1]
+    x = g.T if tall else g
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        s = x @ x.T
+        x = a * x + (b * s + c * s @ s) @ x
+    return x.T if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon with Nesterov momentum; parameters of two or more dimensions only."""
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, rms: float = 0.2):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "rms": rms})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                buffer = state["momentum"].mul_(group["momentum"]).add_(p.grad)
+                update = p.grad.add(buffer, alpha=group["momentum"]).flatten(1)
+                scale = group["rms"] * max(update.shape) ** 0.5
+                p.add_(orthogonalise(update).view_as(p), alpha=-group["lr"] * scale)
+
+
+def optimisers(model: torch.nn.Module, kind: str, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
+    """``adam`` for everything, or ``muon`` for kernels with at least 8 rows and columns and Adam for the rest."""
+    kernels, others = [], []
+    for p in model.parameters():
+        big = kind == "muon" and p.ndim == 4 and min(p.shape[0], p[0].numel()) >= 8
+        (kernels if big else others).append(p)
+    result: list[torch.optim.Optimizer] = [torch.optim.Adam(others, lr=lr, betas=(0.9, 0.98), eps=1e-9)]
+    if kernels:
+        result.append(Muon(kernels, lr=muon_lr))
+    for optimiser in result:
+        for group in optimiser.param_groups:
+            group["peak"] = group["lr"]
+    return result
