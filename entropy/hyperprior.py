@@ -18,18 +18,26 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..container.errors import CorruptStream
 from ..nn.blocks import LevelAffine, knot_weights
-from .context.checkerboard import anchor_mask
-from .exact import ExactConv2d, ExactReLU
+from .coder import Decoder, Encoder
+from .context.checkerboard import anchor_mask, positions
+from .exact import ACT_FRAC, ACT_MAX, ExactConv2d, ExactReLU, Freezable, Grid, cat, hardtanh, pixel_shuffle, shift_round
 from .factorized import FactorizedPrior
-from .gaussian import SCALE_MIN, SCALE_STEP, gaussian_likelihood
+from .gaussian import SCALE_CLASSES, SCALE_MIN, SCALE_STEP, gaussian_likelihood, gaussian_tables
+from .tables import Tables
 
-SCALE_GAIN = 8.0  # one unit of the trunk's scale output is eight rows of the scale table
+SCALE_GAIN = 8  # one unit of the trunk's scale output is eight rows of the scale table
 INIT_SIGMA = 0.3
+GAIN_KNOTS = 33  # knots of the frozen gain tables, linear in the step size between them
+STEP_FRAC = 20  # grid of the frozen step sizes 1/gain
+STEP_MAX = 1 << 24
+SYMBOL_MAX = (1 << 15) - 1  # |q|; keeps q * 2**13 * STEP_MAX below 2**53
+HYPER_MAX = 127  # |z|; what the activation grid holds
 
 
 @dataclass(frozen=True)
@@ -59,16 +67,35 @@ def round_ste(v: Tensor) -> Tensor:
     return v + (torch.round(v) - v).detach()
 
 
-class LevelBias(nn.Module):
+def interpolate(table: Tensor, level: int, levels: int) -> Tensor:
+    """Integers (C,) at ``level`` 0..levels from an integer table (knots, C), linear between knots, halves upwards."""
+    position = level * (len(table) - 1)
+    k = min(position // levels, len(table) - 2)
+    r = position - k * levels
+    blend = table[k].long() * (levels - r) + table[k + 1].long() * r
+    return torch.div(blend + levels // 2, levels, rounding_mode="floor")
+
+
+class LevelBias(Freezable):
     """A vector (channels,) that depends on the level, linear between learned knots."""
+
+    _frozen_names = ("table_q",)
 
     def __init__(self, channels: int, cfg: LatentConfig):
         super().__init__()
         self.levels = cfg.levels
         self.table = nn.Parameter(torch.zeros(cfg.knots, channels))
 
-    def forward(self, level: Tensor) -> Tensor:
-        """level (B,) -> (B, channels, 1, 1)."""
+    def _float_names(self) -> tuple[str, ...]:
+        return ("table",)
+
+    def _freeze(self) -> dict[str, Tensor]:
+        return {"table_q": torch.round(self.table * 2**ACT_FRAC).clamp(-ACT_MAX, ACT_MAX).to(torch.int32)}
+
+    def forward(self, level: Tensor | int) -> Tensor | Grid:
+        """level (B,) -> (B, channels, 1, 1); an integer level, once frozen -> grid (1, channels, 1)."""
+        if isinstance(level, int):
+            return Grid(interpolate(self.table_q, level, self.levels).double()[None, :, None])
         return (knot_weights(level, len(self.table), self.levels) @ self.table)[:, :, None, None]
 
 
@@ -102,11 +129,30 @@ class SliceModel(nn.Module):
     def residual(self, trunk: Tensor, q: Tensor) -> Tensor:
         """Correction in steps, -0.5..0.5, of the values that were coded as q."""
         t = self.relu(self.lrp_in(torch.cat([trunk, q.clamp(-8, 8)], 1)))
-        return 0.5 * F.hardtanh(self.lrp_out(t))
+        return 0.5 * hardtanh(self.lrp_out(t))
+
+    def exact_parameters_at(self, known: Grid, hyper: Grid, half: int, level: int, where: Tensor) -> tuple[Grid, Grid, Grid]:
+        """``parameters_at`` on grids and at the flat positions ``where`` (n,) only: three grids (1, ., n).
+
+        In the first pass ``known`` lacks the channels of this slice: they are zero.
+        """
+        channels = slice(0, known.shape[1])
+        t = self.context.gather(known, where, channels) + hyper[:, :, where] + self.bias[half](level)
+        t = self.relu(self.trunk(self.relu(t.clamp())))
+        out = self.head(t)
+        return t, out[:, : self.channels], Grid(out.q[:, self.channels :] * SCALE_GAIN)
+
+    def exact_residual(self, trunk: Grid, q: Tensor) -> Grid:
+        """``residual`` on grids; q (1, channels, n) integers. The result is on the grid of half the usual step."""
+        clipped = Grid(q.clamp(-8, 8) * 2.0**ACT_FRAC)
+        r = hardtanh(self.lrp_out(self.relu(self.lrp_in(cat([trunk, clipped])))))
+        return Grid(r.q, ACT_FRAC + 1)
 
 
-class ContextHyperprior(nn.Module):
-    """Entropy model of a latent y, for training (``forward``)."""
+class ContextHyperprior(Freezable):
+    """Entropy model of a latent y: ``forward`` for training; ``compress``/``decompress`` after ``freeze``."""
+
+    _frozen_names = ("step_q", "offset_q")
 
     def __init__(self, cfg: LatentConfig):
         super().__init__()
@@ -139,9 +185,9 @@ class ContextHyperprior(nn.Module):
 
     def synthesise_hyper(self, z_hat: Tensor, level: Tensor) -> Tensor:
         """z^ (B, hyper, h, w) -> features (B, features, 4h, 4w)."""
-        f = F.pixel_shuffle(self.h_s1(z_hat), 2) + self.h_s_bias(level)
+        f = pixel_shuffle(self.h_s1(z_hat), 2) + self.h_s_bias(level)
         f = self.relu(self.h_s2(self.relu(f)))
-        return self.relu(F.pixel_shuffle(self.h_s3(f), 2))
+        return self.relu(pixel_shuffle(self.h_s3(f), 2))
 
     def forward(self, y: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """y (B, M, h, w) with h, w multiples of 4, level (B,) -> (y^, bits of y (B,), bits of z (B,)).
@@ -175,3 +221,113 @@ class ContextHyperprior(nn.Module):
         likelihood = gaussian_likelihood(torch.cat(noisy, 1), torch.cat(scales, 1))
         y_bits = -torch.log2(likelihood).reshape(batch, -1).sum(1)
         return torch.cat(done, 1), y_bits, z_bits
+
+    # The frozen side. Everything from here on is integers, except y itself on its way into the encoder.
+
+    def _float_names(self) -> tuple[str, ...]:
+        return ("log_gain",)
+
+    def _freeze(self) -> dict[str, Tensor]:
+        cfg = self.cfg
+        fine = torch.linspace(0, cfg.levels, GAIN_KNOTS)
+        log_gain = (knot_weights(fine, cfg.knots, cfg.levels).double() @ self.log_gain.double().cpu())
+        step = torch.round(torch.exp(-log_gain) * 2.0**STEP_FRAC).clamp(1, STEP_MAX)
+        offset = torch.round(log_gain / SCALE_STEP * 2.0**ACT_FRAC)
+        self.set_tables(self.prior.tables(), gaussian_tables())
+        return {"step_q": step.to(torch.int32), "offset_q": offset.to(torch.int32)}
+
+    def set_tables(self, z: Tables, y: Tables) -> None:
+        """Integer tables of z (a row per channel) and y (a row per scale class); the float prior is dropped."""
+        if len(z) != self.cfg.hyper or len(y) != SCALE_CLASSES:
+            raise ValueError("the tables do not fit the entropy model")
+        self.z_tables, self.y_tables, self.prior = z, y, None
+
+    def exact_hyper(self, z: Tensor, level: int) -> list[Grid]:
+        """Integers z (1, hyper, h, w) -> what h_s gives the first layer of each slice, grids (1, context, 16*h*w)."""
+        x = Grid(z.double() * 2.0**ACT_FRAC)
+        f = pixel_shuffle(self.h_s1(x), 2)
+        bias = self.h_s_bias(level)
+        f = self.h_s2(self.relu((f + bias[..., None]).clamp()))
+        f = self.relu(pixel_shuffle(self.h_s3(self.relu(f)), 2))
+        return [model.hyper.gather(f) for model in self.models]
+
+    def _code(self, z: Tensor, level: int, symbols) -> Tensor:
+        """The coding order, shared by both sides: y^ (1, M, 4h, 4w) float64 on the grid 2**-ACT_FRAC.
+
+        ``symbols(slice number, channels, positions, mu, step, index)`` gives the integers q (1, channels, n) of a pass:
+        the encoder makes and codes them, the decoder reads them.
+        """
+        cfg, device = self.cfg, z.device
+        h, w = 4 * z.shape[2], 4 * z.shape[3]
+        hyper = self.exact_hyper(z, level)
+        step = interpolate(self.step_q, level, cfg.levels).double()[None, :, None]
+        offset = interpolate(self.offset_q, level, cfg.levels).double()[None, :, None]
+        y_hat = torch.zeros(1, cfg.channels, h * w, dtype=torch.float64, device=device)
+        first = 0
+        for number, (model, channels) in enumerate(zip(self.models, cfg.slices)):
+            mine = slice(first, first + channels)
+            for half, where in enumerate(positions(h, w, device)):
+                if not len(where):
+                    continue
+                known = Grid(y_hat[:, : first + channels * half].reshape(1, -1, h, w))
+                if first + channels * half == 0:  # nothing is known yet: one zero channel stands for that
+                    known = Grid(torch.zeros(1, 1, h, w, dtype=torch.float64, device=device))
+                t, mu, s = model.exact_parameters_at(known, hyper[number], half, level, where)
+                index = shift_round(s.q + offset[:, mine], ACT_FRAC).clamp(0, SCALE_CLASSES - 1)
+                q = symbols(mine, where, mu, step[:, mine], index)
+                r = model.exact_residual(t, q)
+                steps = Grid(q * 2.0**r.frac + r.q, r.frac)
+                value = mu + Grid(shift_round(steps.q * step[:, mine], r.frac + STEP_FRAC - ACT_FRAC))
+                y_hat[:, mine, where] = value.clamp().q
+            first += channels
+        return y_hat.reshape(1, -1, h, w)
+
+    @torch.no_grad()
+    def compress(self, y: Tensor, level: int) -> tuple[bytes, Tensor]:
+        """y (1, M, h, w) float, h and w multiples of 4 -> (payload, y^ of the same shape, float32)."""
+        at = torch.tensor([float(level)], device=y.device)
+        z = self.z_gain(self.h_a(self.h_a_level(y, at)), at)
+        z = torch.round(z).nan_to_num(0).clamp(-HYPER_MAX, HYPER_MAX)
+        encoder = Encoder()
+        encoder.put(*_flat(z), self.z_tables)
+        latent = y.double().reshape(1, y.shape[1], -1)
+
+        def make(mine: slice, where: Tensor, mu: Grid, step: Tensor, index: Tensor) -> Tensor:
+            v = (latent[:, mine, where] - mu.value()) / (step * 2.0**-STEP_FRAC)
+            q = torch.round(v).nan_to_num(0).clamp(-SYMBOL_MAX, SYMBOL_MAX)
+            encoder.put(_host(q), _host(index).astype(np.uint8), self.y_tables)
+            return q
+
+        y_hat = self._code(z, level, make)
+        return encoder.finish(), (y_hat * 2.0**-ACT_FRAC).float()
+
+    @torch.no_grad()
+    def decompress(self, payload: bytes, h: int, w: int, level: int) -> Tensor:
+        """Inverse of ``compress``: y^ (1, M, h, w) float32. CorruptStream on damage."""
+        device = self.step_q.device
+        shape = (1, self.cfg.hyper, h // 4, w // 4)
+        decoder = Decoder(payload)
+        z = decoder.get(np.repeat(np.arange(shape[1]), shape[2] * shape[3]), self.z_tables)
+        if np.abs(z).max() > HYPER_MAX:
+            raise CorruptStream("entropy payload: a hyper-latent is out of range")
+        z = torch.from_numpy(z).reshape(shape).to(device)
+
+        def read(mine: slice, where: Tensor, mu: Grid, step: Tensor, index: Tensor) -> Tensor:
+            q = decoder.get(_host(index).astype(np.uint8), self.y_tables)
+            if np.abs(q).max() > SYMBOL_MAX:
+                raise CorruptStream("entropy payload: a symbol is out of range")
+            return torch.from_numpy(q).reshape(mu.shape).to(device, torch.float64)
+
+        y_hat = self._code(z, level, read)
+        decoder.finish()
+        return (y_hat * 2.0**-ACT_FRAC).float()
+
+
+def _host(q: Tensor) -> np.ndarray:
+    """Integers of a grid tensor, flat, int32."""
+    return q.reshape(-1).to("cpu", torch.int32).numpy()
+
+
+def _flat(z: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """(values, channel of each) of z (1, C, h, w), channel after channel."""
+    return _host(z), np.repeat(np.arange(z.shape[1]), z.shape[2] * z.shape[3])
