@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..entropy.tables import Tables
+
 LEVELS = 1000
 """Quality 0..100 is coded as an integer level 0..1000."""
 
@@ -41,6 +43,14 @@ class Codec(nn.Module):
         self.preset = preset
         self.model_id = b""  # first 8 bytes of the digest, set when frozen weights are loaded
 
+    def tables(self) -> dict[str, Tables]:
+        """Integer tables by name, once frozen."""
+        raise NotImplementedError
+
+    def set_tables(self, tables: dict[str, Tables]) -> None:
+        """Take the tables of a weights file. KeyError or ValueError when they do not fit."""
+        raise NotImplementedError
+
     @classmethod
     def from_preset(cls, preset: str) -> "Codec":
         """A fresh, untrained codec. KeyError for an unknown preset."""
@@ -62,6 +72,10 @@ class ImageCodec(Codec):
 
     def forward(self, x: Tensor, level: Tensor) -> Outputs:
         """Training: x (B, 3, h, w) in [0, 1], level (B,) real in 0..1000."""
+        raise NotImplementedError
+
+    def kmac_per_pixel(self) -> dict[str, float]:
+        """Thousand multiply-adds per pixel of each part, on a 256x256 picture."""
         raise NotImplementedError
 
     def lambda_of(self, level: Tensor | float) -> Any:
@@ -98,10 +112,7 @@ def macs(module: nn.Module, *args: Any) -> int:
 
     def hook(layer: nn.Module, _: Any, out: Any) -> None:
         nonlocal total
-        if isinstance(layer, nn.ConvTranspose2d):
-            return
-        per_output = layer.weight[0].numel()
-        total += out.numel() * per_output
+        total += out.numel() * layer.weight[0].numel()
 
     layers = (nn.Conv2d, nn.Linear)
     handles = [m.register_forward_hook(hook) for m in module.modules() if isinstance(m, layers)]

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..entropy.hyperprior import ContextHyperprior, LatentConfig
+from ..entropy.tables import Tables
 from ..nn.blocks import LevelAffine, ResidualBlock, Upsample
-from .base import ImageCodec, Outputs
+from .base import ImageCodec, Outputs, macs
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Analysis(nn.Module):
         self.patch = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(48, a, 3, padding=1))
         self.at4 = nn.Sequential(*(ResidualBlock(a) for _ in range(n4)), nn.Conv2d(a, b, 3, stride=2, padding=1))
         self.level = LevelAffine(b, latent.knots, latent.levels)
-        self.at8 = nn.Sequential(*(ResidualBlock(b) for _ in range(n8)), nn.Conv2d(b, m, 3, stride=2, padding=1))
+        self.at8 = nn.Sequential(*(ResidualBlock(b) for _ in range(n8)), nn.Conv2d(b, m, 2, stride=2))
         self.at16 = nn.Sequential(*(ResidualBlock(m) for _ in range(n16)))
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
@@ -66,15 +67,17 @@ class Hyperprior(ImageCodec):
     name = "hyperprior"
     presets = {
         "test": Config((16, 16), (1, 1, 0), (1, 1, 0),
-                       LatentConfig((8, 16), hyper=8, width=16, features=16, context=16, trunk=16, residual=16)),
+                       LatentConfig((8, 24), hyper=8, width=16, features=16, context=16, trunk=16, squeeze=16,
+                                    residual=16)),
         "light": Config((64, 96), (2, 1, 0), (2, 2, 0),
-                        LatentConfig((32, 48, 80), hyper=40, width=64, features=64, context=64, trunk=80, residual=56)),
+                        LatentConfig((32, 48, 80, 128), hyper=32, width=56, features=56, context=56, trunk=72,
+                                     squeeze=40, residual=40)),
         "base": Config((96, 192), (3, 3, 0), (3, 3, 0),
-                       LatentConfig((16, 32, 64, 112), hyper=96, width=128, features=224, context=160, trunk=224,
-                                    residual=128)),
+                       LatentConfig((16, 32, 64, 208), hyper=96, width=128, features=192, context=160, trunk=224,
+                                    squeeze=128, residual=128)),
         "paper": Config((192, 192), (3, 3, 3), (3, 3, 3),
                         LatentConfig((16, 16, 32, 64, 192), hyper=192, width=256, features=640, context=224, trunk=256,
-                                     residual=224, kernel=5)),
+                                     squeeze=320, residual=224, kernel=5)),
     }  # fmt: skip
 
     def __init__(self, config: Config, preset: str = "custom"):
@@ -99,3 +102,18 @@ class Hyperprior(ImageCodec):
     def decode_latent(self, payload: bytes, hl: int, wl: int, level: int) -> Tensor:
         return self.latent.decompress(payload, hl, wl, level)
 
+    def kmac_per_pixel(self) -> dict[str, float]:
+        side, level = 256, torch.tensor([500.0])
+        y = torch.zeros(1, self.config.latent.channels, side // 16, side // 16)
+        counts = {
+            "g_a": macs(self.g_a, torch.zeros(1, 3, side, side), level),
+            "entropy": macs(self.latent, y, level),
+            "g_s": macs(self.g_s, y, level),
+        }
+        return {part: round(count / side**2 / 1000, 2) for part, count in counts.items()}
+
+    def tables(self) -> dict[str, Tables]:
+        return {"z": self.latent.z_tables, "y": self.latent.y_tables}
+
+    def set_tables(self, tables: dict[str, Tables]) -> None:
+        self.latent.set_tables(tables["z"], tables["y"])

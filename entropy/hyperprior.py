@@ -4,7 +4,7 @@
                  |                                                           |
            factorised prior                                                  v
     for every slice j of channels, for anchors then the others:
-        known = [slices < j, anchors of slice j] --3x3--> (+) --> trunk --> mean mu, scale index s
+        known = [slices < j, anchors of slice j] --1x1, 3x3--> (+) --> trunk --> mean mu, scale index s
         q = round((y - mu) * gain(level))    coded with row round(s + log gain) of the Gaussian tables
         y^ = mu + (q + 0.5 * hardtanh(lrp(trunk, q))) / gain(level)
 
@@ -50,6 +50,7 @@ class LatentConfig:
     features: int  # channels that h_s hands to the slices
     context: int  # width of the context layer of a slice
     trunk: int  # width of its second layer
+    squeeze: int  # channels to which everything known is reduced before the context convolution
     residual: int  # hidden width of the latent residual prediction
     kernel: int = 3  # side of the context convolution
     knots: int = 9  # learned vectors over the quality range
@@ -105,7 +106,8 @@ class SliceModel(nn.Module):
     def __init__(self, known: int, channels: int, cfg: LatentConfig):
         super().__init__()
         self.channels = channels
-        self.context = ExactConv2d(known + channels, cfg.context, cfg.kernel, padding=cfg.kernel // 2)
+        self.squeeze = ExactConv2d(known + channels, cfg.squeeze, 1)
+        self.context = ExactConv2d(cfg.squeeze, cfg.context, cfg.kernel)
         self.hyper = ExactConv2d(cfg.features, cfg.context, 1)
         self.bias = nn.ModuleList(LevelBias(cfg.context, cfg) for _ in range(2))
         self.trunk = ExactConv2d(cfg.context, cfg.trunk, 1)
@@ -121,7 +123,7 @@ class SliceModel(nn.Module):
 
     def parameters_at(self, known: Tensor, hyper: Tensor, half: int, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(trunk, mu, s) for all positions of the grid; ``half`` 0 for anchors, 1 for the others."""
-        t = self.relu(self.context(known) + hyper + self.bias[half](level))
+        t = self.relu(self.context(self.squeeze(known)) + hyper + self.bias[half](level))
         t = self.relu(self.trunk(t))
         mu, s = self.head(t).split(self.channels, 1)
         return t, mu, s * SCALE_GAIN
@@ -136,8 +138,9 @@ class SliceModel(nn.Module):
 
         In the first pass ``known`` lacks the channels of this slice: they are zero.
         """
-        channels = slice(0, known.shape[1])
-        t = self.context.gather(known, where, channels) + hyper[:, :, where] + self.bias[half](level)
+        h, w = known.shape[2:]
+        squeezed = Grid(self.squeeze.gather(known, channels=slice(0, known.shape[1])).q.reshape(1, -1, h, w))
+        t = self.context.gather(squeezed, where) + hyper[:, :, where] + self.bias[half](level)
         t = self.relu(self.trunk(self.relu(t.clamp())))
         out = self.head(t)
         return t, out[:, : self.channels], Grid(out.q[:, self.channels :] * SCALE_GAIN)
@@ -171,6 +174,7 @@ class ContextHyperprior(Freezable):
         self.h_s2 = ExactConv2d(w, w, 3, padding=1)
         self.h_s3 = ExactConv2d(w, 4 * cfg.features, 1)
         self.relu = ExactReLU()
+        self.rounded_rate = False  # training only: take the rate of y at rounded symbols instead of noisy ones
         self.models = nn.ModuleList()
         known = 0
         for channels in cfg.slices:
@@ -192,7 +196,7 @@ class ContextHyperprior(Freezable):
     def forward(self, y: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """y (B, M, h, w) with h, w multiples of 4, level (B,) -> (y^, bits of y (B,), bits of z (B,)).
 
-        Rates are taken with additive uniform noise, values pass on with straight-through rounding.
+        Rates are taken with additive uniform noise (see ``rounded_rate``), values pass on with straight-through rounding.
         """
         cfg, batch = self.cfg, len(y)
         log_gain = (knot_weights(level, cfg.knots, cfg.levels) @ self.log_gain)[:, :, None, None]
@@ -201,7 +205,7 @@ class ContextHyperprior(Freezable):
         f = self.synthesise_hyper(round_ste(z), level)
         anchors = anchor_mask(*y.shape[2:], y.device)
         done: list[Tensor] = []
-        noisy, scales = [], []
+        rated, scales = [], []
         for model, target, slice_log_gain in zip(self.models, y.split(cfg.slices, 1), log_gain.split(cfg.slices, 1)):
             gain, hyper = slice_log_gain.exp(), model.hyper(f)
             current = torch.zeros_like(target)
@@ -211,14 +215,14 @@ class ContextHyperprior(Freezable):
                 q = round_ste(v)
                 value = mu + (q + model.residual(t, q)) / gain
                 current = current + value * mask
+                symbol = q if self.rounded_rate else v + torch.rand_like(v) - 0.5
                 if half == 0:
-                    kept_v, kept_s = v * mask, s * mask
-                else:
-                    kept_v, kept_s = kept_v + v * mask, kept_s + s * mask
-            noisy.append(kept_v + torch.rand_like(v) - 0.5)
+                    first, first_s = symbol * mask, s * mask
+            rated.append(first + symbol * mask)
+            kept_s = first_s + s * mask
             scales.append(math.log(SCALE_MIN) + SCALE_STEP * kept_s + slice_log_gain)
             done.append(current)
-        likelihood = gaussian_likelihood(torch.cat(noisy, 1), torch.cat(scales, 1))
+        likelihood = gaussian_likelihood(torch.cat(rated, 1), torch.cat(scales, 1))
         y_bits = -torch.log2(likelihood).reshape(batch, -1).sum(1)
         return torch.cat(done, 1), y_bits, z_bits
 

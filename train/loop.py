@@ -41,6 +41,8 @@ class Recipe:
     muon_lr: float = 2e-3
     warmup_steps: int = 200
     decay_from: float = 0.3  # fraction of the run at which the cosine to zero begins
+    decay_to: float = 1.0  # where it ends; what follows (a hard stage) starts again at ``tail`` and falls linearly
+    tail: float = 0.1
     clip: float = 1.0
     ema: float = 0.999
     steps: int = 10**9
@@ -67,7 +69,9 @@ class Recipe:
         warm = min(1.0, (step + 1) / self.warmup_steps)
         if done <= self.decay_from:
             return warm
-        t = min(1.0, (done - self.decay_from) / (1 - self.decay_from))
+        if done > self.decay_to:
+            return self.tail * (1 - done) / (1 - self.decay_to)
+        t = (done - self.decay_from) / (self.decay_to - self.decay_from)
         return warm * (0.5 + 0.5 * math.cos(math.pi * t)) + 1e-3
 
 
@@ -105,6 +109,24 @@ def validate(codec: ImageCodec, pictures: Tensor, levels: tuple[int, ...] = (100
     return rows
 
 
+def transfer(codec: torch.nn.Module, state: dict[str, Tensor]) -> str:
+    """Copy every tensor whose name and shape agree; how many did."""
+    own = codec.state_dict()
+    fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    codec.load_state_dict(fitting, strict=False)
+    return f"{len(fitting)} of {len(own)} tensors"
+
+
+def set_hard(codec: ImageCodec, hard: bool) -> None:
+    """Hard stages ("soft then hard", Guo et al. 2021): the encoder rests, the rate is that of the rounded symbols.
+
+    What is left to train then sees exactly the numbers that a file will hold.
+    """
+    codec.latent.rounded_rate = hard
+    for module in (codec.g_a, codec.latent.h_a, codec.latent.h_a_level, codec.latent.z_gain):
+        module.requires_grad_(not hard)
+
+
 def save(path: Path, state: dict[str, Any]) -> None:
     """Checkpoint, replaced atomically."""
     torch.save(state, path.with_suffix(".partial"))
@@ -124,7 +146,7 @@ def train(codec: ImageCodec, stacks: list[Tensor], recipe: Recipe, out: Path, *,
     torch.manual_seed(recipe.seed + rank)
     codec = codec.to(device=device, memory_format=torch.channels_last).train()
     if init is not None:
-        codec.load_state_dict(torch.load(init, map_location=device, weights_only=True)["ema"])
+        print("taken over:", transfer(codec, torch.load(init, map_location=device, weights_only=True)["ema"]), flush=True)
     ema = deepcopy(codec).requires_grad_(False)
     opts = optimisers(codec, recipe.optimiser, recipe.lr, recipe.muon_lr)
     step, spent = 0, 0.0
@@ -163,6 +185,7 @@ def train(codec: ImageCodec, stacks: list[Tensor], recipe: Recipe, out: Path, *,
             break
         if recipe.stage(done) is not stage:
             stage = recipe.stage(done)
+            set_hard(codec, stage.get("hard", False))
             crops = Crops(stacks, stage["batch"], stage["crop"], device, seed=recipe.seed * 1000 + rank + 7 * step)
         for opt in opts:
             for group in opt.param_groups:
@@ -239,7 +262,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--muon-lr", type=float)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pt")
-    parser.add_argument("--init", type=Path, help="start from the averaged weights of this checkpoint")
+    parser.add_argument("--init", type=Path, help="start from the averaged weights of this checkpoint, where shapes agree")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
