@@ -1,0 +1,1 @@
+"""Files in and out: pictures, and writing that never leaves half a file."""
