@@ -29,6 +29,7 @@ from torch import Tensor
 from ..codecs import registry
 from ..codecs.base import LEVELS, ImageCodec
 from .data import Crops, load_folder
+from .klt import start_at_klt
 from .optim import optimisers
 
 
@@ -48,6 +49,8 @@ class Recipe:
     steps: int = 10**9
     minutes: float = 1e9
     weight_power: float = 0.5
+    start: str = "noise"  # or "klt": see klt.py
+    klt_pictures: int = 192
     seed: int = 0
     stages: list[dict[str, Any]] = field(default_factory=lambda: [{"until": 1.0, "crop": 128, "batch": 8}])
 
@@ -147,6 +150,8 @@ def train(codec: ImageCodec, stacks: list[Tensor], recipe: Recipe, out: Path, *,
     codec = codec.to(device=device, memory_format=torch.channels_last).train()
     if init is not None:
         print("taken over:", transfer(codec, torch.load(init, map_location=device, weights_only=True)["ema"]), flush=True)
+    elif recipe.start == "klt":
+        start_at_klt(codec, stacks[-1][: recipe.klt_pictures].to(device))
     ema = deepcopy(codec).requires_grad_(False)
     opts = optimisers(codec, recipe.optimiser, recipe.lr, recipe.muon_lr)
     step, spent = 0, 0.0
