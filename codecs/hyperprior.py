@@ -82,6 +82,11 @@ class Hyperprior(ImageCodec):
 
     def __init__(self, config: Config, preset: str = "custom"):
         super().__init__(config, preset)
+        # receptive fields: convolutions of each resolution reach one cell of it to every side
+        (e4, e8, e16), (d4, d8, d16) = config.encoder_blocks, config.decoder_blocks
+        reach = 4 * (1 + 2 * e4 + 1) + 8 * 2 * e8 + 16 * 2 * e16
+        self.analysis_margin = -(-reach // self.tile_multiple) * self.tile_multiple
+        self.synthesis_margin = -(-(4 * (2 * d4 + 1) + 8 * 2 * d8 + 16 * 2 * d16) // self.stride)
         self.g_a = Analysis(config)
         self.g_s = Synthesis(config)
         self.latent = ContextHyperprior(config.latent)

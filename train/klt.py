@@ -50,7 +50,7 @@ def start_at_klt(codec, pictures: Tensor) -> None:
     x = F.pixel_unshuffle(pictures.float() / 255 - 0.5, 4)
 
     patch = g_a.patch[1]
-    first, _ = components(as_samples(x), x.shape[1])
+    first, _ = components(as_samples(x), min(x.shape[1], len(patch.weight)))
     patch.weight[: len(first)] = 0
     patch.weight[: len(first), :, 1, 1] = first
     patch.bias.zero_()
