@@ -1,23 +1,27 @@
 """Exact arithmetic for everything that decides how a symbol is coded (DESIGN 4).
 
-A grid tensor is a float64 tensor of INTEGERS; its value is ``q * 2**-frac``. Products and sums of integers are exact in
-float64 while every partial sum stays below 2**53, in any order, on any device, with any number of threads; floor, and a
-division or square root followed by floor, are correctly rounded everywhere. So the layers below give the same bits on
-every machine, which floats do not.
+A grid tensor is a float64 tensor of INTEGERS; its value is ``q * 2**-frac``. Products and sums of integers are exact
+in float64 while every partial sum stays below 2**53, in any order, on any device, with any number of threads. So the
+layers below give the same bits on every machine, which floats do not.
 
-One class per layer. With a Tensor it is the plain torch layer (training); after ``freeze`` its weights are integers, and
-with a ``Grid`` it computes exactly. ``freeze`` also bounds the worst case of each layer, refuses one that could overflow, and
-picks float32 (24 bits) where that is exact and float64 otherwise. Products are always matrix products, never a library's
-convolution, which may use Winograd or FFT.
+One class per layer. With a Tensor it is the plain torch layer (training); after ``freeze`` its weights are integers,
+and with a ``Grid`` it computes exactly, so that one forward serves both. Nothing depends on the data: every grid knows
+the largest integer that it may hold (``limit``), every layer knows the largest sum that its weights can give, and
+whatever could reach 2**53 is refused with a ValueError, at freeze time or at the first call.
+
+Products are always matrix products in float64: a library's convolution may use Winograd or FFT, and float32 may
+silently become TF32 or bfloat16; no setting of torch weakens float64. (Float32 would be exact below 2**24 only, which
+16-bit weights exceed, and is 1.5 to 1.9 times as fast on a CPU. The one thing to leave alone is cuBLAS's emulation of
+float64, which is off unless CUBLAS_EMULATE_DOUBLE_PRECISION is set.)
 
 Weights have 16 bits, activations live on 2**-ACT_FRAC and are clamped to +-2**ACT_INT.
+Functions other than ``+ - * floor`` (division, square root, tables) are in ``exact_tables``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -29,20 +33,33 @@ ACT_FRAC = 12
 ACT_INT = 7
 ACT_MAX = 1 << (ACT_INT + ACT_FRAC)  # largest |q| of an activation
 WEIGHT_BITS = 15  # magnitude bits; int16 with the sign
-FLOAT64_EXACT, FLOAT32_EXACT = 1 << 53, 1 << 24
+WEIGHT_FRAC_MAX = 24
+CONSTANT_FRAC = 16  # grid of constant factors
+FLOAT64_EXACT = 1 << 53
+COLUMN_ELEMENTS = 1 << 20  # of the patch matrix made at a time: 8 MB
 
 
 def shift_round(q: Tensor, bits: int) -> Tensor:
-    """floor(q * 2**-bits + 1/2): integers to a coarser grid, halves upwards. Exact: powers of two only scale."""
+    """floor(q * 2**-bits + 1/2): integers to a coarser grid, halves upwards. Exact for |q| < 2**52."""
     return q if bits == 0 else torch.floor(q * 2.0**-bits + 0.5)
+
+
+def _checked(limit: int) -> int:
+    if limit >= FLOAT64_EXACT:
+        raise ValueError(f"integers can reach {limit:.3g}, beyond 2**53: clamp before")
+    return limit
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Integers ``q`` (float64, any shape) on the grid 2**-frac."""
+    """Integers ``q`` (float64, any shape) on the grid 2**-frac, never larger than ``limit``.
+
+    The operators below keep ``limit`` true; whoever makes a Grid of other tensors answers for it.
+    """
 
     q: Tensor
     frac: int = ACT_FRAC
+    limit: int = ACT_MAX
 
     @property
     def shape(self) -> torch.Size:
@@ -53,49 +70,89 @@ class Grid:
         return self.q * 2.0**-self.frac
 
     def at(self, frac: int) -> Grid:
-        """The same values on another grid; rounded if it is coarser."""
-        if frac >= self.frac:
-            return Grid(self.q * 2.0 ** (frac - self.frac), frac)
-        return Grid(shift_round(self.q, self.frac - frac), frac)
+        """The same values on another grid; rounded, halves upwards, if it is coarser."""
+        up = frac - self.frac
+        if up >= 0:
+            return Grid(self.q * 2.0**up, frac, _checked(self.limit << up))
+        return Grid(shift_round(self.q, -up), frac, (self.limit >> -up) + 1)
 
     def clamp(self, limit: int = ACT_MAX) -> Grid:
-        return Grid(self.q.clamp(-limit, limit), self.frac)
+        """|q| <= limit."""
+        return Grid(self.q.clamp(-limit, limit), self.frac, limit)
+
+    def move(self, f: Callable[[Tensor], Tensor]) -> Grid:
+        """``f`` of the integers, for any ``f`` that moves, repeats or drops values but makes no new ones."""
+        return Grid(f(self.q), self.frac, self.limit)
+
+    def masked(self, mask: Tensor) -> Grid:
+        """Times a mask of 0 and 1 that broadcasts to this shape."""
+        return self.move(lambda q: q * mask.to(q.dtype))
+
+    def _common(self, other: Grid) -> int:
+        if self.frac != other.frac:
+            raise ValueError(f"grids 2**-{self.frac} and 2**-{other.frac} cannot be joined")
+        return _checked(self.limit + other.limit)
 
     def __add__(self, other: Grid) -> Grid:
-        if self.frac != other.frac:
-            raise ValueError(f"grids 2**-{self.frac} and 2**-{other.frac} cannot be added")
-        return Grid(self.q + other.q, self.frac)
+        limit = self._common(other)
+        return Grid(self.q + other.q, self.frac, limit)
 
-    def __mul__(self, other: Grid) -> Grid:
-        """Product, rounded to the grid of ``self``. The caller keeps |product of integers| below 2**53."""
-        return Grid(shift_round(self.q * other.q, other.frac), self.frac)
+    def __sub__(self, other: Grid) -> Grid:
+        limit = self._common(other)
+        return Grid(self.q - other.q, self.frac, limit)
+
+    def __mul__(self, other: Grid | float) -> Grid:
+        """Product, rounded to the grid of ``self``. A plain number is taken at its nearest multiple of 2**-16."""
+        if isinstance(other, Grid):
+            factor, bits, limit = other.q, other.frac, other.limit
+        else:
+            factor, bits = math.floor(other * (1 << CONSTANT_FRAC) + 0.5), CONSTANT_FRAC
+            limit = abs(factor)
+        limit = _checked(2 * self.limit * limit) // 2  # twice: the rounding adds a half
+        return Grid(shift_round(self.q * factor, bits), self.frac, (limit >> bits) + 1)
 
     def __getitem__(self, key) -> Grid:
-        return Grid(self.q[key], self.frac)
+        return Grid(self.q[key], self.frac, self.limit)
+
+    def reshape(self, *shape: int) -> Grid:
+        return self.move(lambda q: q.reshape(*shape))
+
+    def permute(self, *dims: int) -> Grid:
+        return self.move(lambda q: q.permute(*dims))
+
+    def transpose(self, a: int, b: int) -> Grid:
+        return self.move(lambda q: q.transpose(a, b))
+
+    def split(self, sizes: int | list[int], dim: int = 0) -> list[Grid]:
+        return [Grid(q, self.frac, self.limit) for q in self.q.split(sizes, dim)]
+
+    def chunk(self, chunks: int, dim: int = 0) -> list[Grid]:
+        return [Grid(q, self.frac, self.limit) for q in self.q.chunk(chunks, dim)]
 
 
 def quantise(x: Tensor, frac: int = ACT_FRAC) -> Grid:
-    """Nearest grid values of a real tensor: for constants at freeze time and for data that is exact already."""
-    return Grid(torch.floor(x.to(torch.float64) * 2.0**frac + 0.5), frac)
+    """Nearest grid values of a real tensor, clamped to ACT_MAX: for constants at freeze time and for exact data."""
+    return Grid(torch.floor(x.to(torch.float64) * 2.0**frac + 0.5).clamp(-ACT_MAX, ACT_MAX), frac)
 
 
-def cat(grids: list[Grid], dim: int = 1) -> Grid:
-    if len({g.frac for g in grids}) != 1:
+def cat(parts: list, dim: int = 1) -> Tensor | Grid:
+    """Tensors, or grids of one step, joined along ``dim``."""
+    if not isinstance(parts[0], Grid):
+        return torch.cat(parts, dim)
+    if len({g.frac for g in parts}) != 1:
         raise ValueError("grids of different steps cannot be joined")
-    return Grid(torch.cat([g.q for g in grids], dim), grids[0].frac)
+    return Grid(torch.cat([g.q for g in parts], dim), parts[0].frac, max(g.limit for g in parts))
 
 
-@contextmanager
-def exact_math() -> Iterator[None]:
-    """No TF32, no reduced-precision sums, no bf16 stand-ins inside: float32 products keep their 24 bits."""
-    matmul = torch.backends.cuda.matmul
-    before = torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu"), matmul.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False), torch.no_grad():
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
+def matmul(a: Tensor | Grid, b: Tensor | Grid) -> Tensor | Grid:
+    """(..., n, k) @ (..., k, m). Grids of any steps; the result is on the activation grid and clamped."""
+    if not isinstance(a, Grid):
+        return a @ b
+    bits = a.frac + b.frac - ACT_FRAC
+    if bits < 0:
+        raise ValueError(f"a product of grids 2**-{a.frac} and 2**-{b.frac} is coarser than the activations")
+    _checked(a.shape[-1] * a.limit * b.limit + (1 << bits))
+    return Grid(shift_round(a.q @ b.q, bits).clamp_(-ACT_MAX, ACT_MAX))
 
 
 class Freezable(nn.Module):
@@ -118,6 +175,10 @@ class Freezable(nn.Module):
         for name in self._float_names():
             setattr(self, name, None)
         self.frozen = True
+
+    def _need_frozen(self) -> None:
+        if not self.frozen:
+            raise RuntimeError("an exact layer computes on grids only after freeze()")
 
 
 def _freezables(module: nn.Module) -> Iterator[tuple[str, Freezable]]:
@@ -144,131 +205,240 @@ def frozen_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_frozen(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Inverse of ``frozen_tensors``; KeyError when one is missing."""
+    """Inverse of ``frozen_tensors``. KeyError when one is missing, ValueError when one does not fit or is not known."""
+    known = set()
     for name, child in _freezables(module):
-        child.set_frozen({key: tensors[f"{name}.{key}"] for key in child._frozen_names})
+        own = {key: tensors[f"{name}.{key}"] for key in child._frozen_names}
+        known.update(f"{name}.{key}" for key in own)
+        try:
+            child.set_frozen(own)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    if unknown := sorted(tensors.keys() - known):
+        raise ValueError(f"no layer takes {unknown[0]}")
+
+
+def set_fake_quantisation(module: nn.Module, on: bool = True) -> None:
+    """Let the float training path of every exact layer round weights and results as the frozen one will."""
+    for child in module.modules():
+        if isinstance(child, ExactAffine):
+            child.fake_quantisation = on
 
 
 def integer_weights(weight: Tensor) -> tuple[Tensor, int]:
-    """(int16 weights, frac): the finest power-of-two grid on which the largest weight still fits 16 bits."""
-    largest = float(weight.abs().max())
-    frac = 24 if largest == 0 else min(24, WEIGHT_BITS - 1 - math.floor(math.log2(largest)))
-    q = torch.floor(weight.double() * 2.0**frac + 0.5).clamp(-(2**WEIGHT_BITS) + 1, 2**WEIGHT_BITS - 1)
-    return q.to(torch.int16), frac
+    """(int16 weights, frac): the finest power-of-two grid, up to 2**-24, on which the largest weight fits 16 bits."""
+    largest = float(weight.detach().abs().max())
+    if not largest < 1 << (WEIGHT_BITS - 1):
+        raise ValueError(f"a weight of magnitude {largest:g} is too large for an exact layer")
+    frac = min(WEIGHT_FRAC_MAX, WEIGHT_BITS - math.frexp(largest)[1])
+    top = (1 << WEIGHT_BITS) - 1
+    return torch.floor(weight.double() * 2.0**frac + 0.5).clamp(-top, top).to(torch.int16), frac
 
 
-@lru_cache(maxsize=64)
-def patch_index(h: int, w: int, kernel: int, device: torch.device | str) -> Tensor:
-    """(kernel*kernel, h*w): flat positions, in a map padded by kernel//2, of the window around each position."""
-    side = torch.arange(kernel, device=device)
-    rows = torch.arange(h, device=device)
-    cols = torch.arange(w, device=device)
-    wide = w + 2 * (kernel // 2)
-    window = (side[:, None] * wide + side).reshape(-1, 1)
-    return window + (rows[:, None] * wide + cols).reshape(1, -1)
+class ExactAffine(Freezable):
+    """What the layers with a weight and a bias have in common.
 
-
-class ExactConv2d(Freezable, nn.Conv2d):
-    """Convolution of stride 1 with zero padding kernel//2; 1x1 also takes grids (B, C, n).
-
-    Frozen: ``weight_q`` int16 (out, in/groups, k, k), ``bias_q`` int32 (out,) on the activation grid, ``weight_frac`` int32.
+    Frozen: ``weight_q`` int16 in the shape of ``weight``, ``bias_q`` int32 (out,) on the activation grid,
+    ``weight_frac`` int32 (): weights are multiples of 2**-weight_frac, 1..24.
     """
 
     _frozen_names = ("weight_q", "bias_q", "weight_frac")
-
-    def __init__(self, in_channels: int, out_channels: int, kernel: int = 1, *, padding: int | None = None, groups: int = 1):
-        padding = kernel // 2 if padding is None else padding
-        if kernel % 2 == 0 or padding != kernel // 2:
-            raise ValueError("an exact convolution keeps the size of its input: odd kernel, padding kernel//2")
-        super().__init__(in_channels, out_channels, kernel, padding=padding, groups=groups)
-        self._matrix: dict[tuple, Tensor] = {}
+    weight_q: Tensor
+    bias_q: Tensor
+    fake_quantisation = False
 
     def _float_names(self) -> tuple[str, ...]:
         return ("weight", "bias")
 
     def _freeze(self) -> dict[str, Tensor]:
         weight, frac = integer_weights(self.weight)
-        bias = torch.floor(self.bias.double() * 2.0**ACT_FRAC + 0.5).clamp(-(2**31) + 1, 2**31 - 1)
-        return {"weight_q": weight, "bias_q": bias.to(torch.int32), "weight_frac": torch.tensor(frac, dtype=torch.int32)}
+        bias = torch.zeros(len(self._reach(weight))) if self.bias is None else self.bias
+        if not bias.isfinite().all():
+            raise ValueError("a bias is not finite")
+        bias_q = torch.floor(bias.double() * 2.0**ACT_FRAC + 0.5).clamp(-(2**31) + 1, 2**31 - 1).to(torch.int32)
+        return {"weight_q": weight, "bias_q": bias_q, "weight_frac": torch.tensor(frac, dtype=torch.int32)}
 
     def set_frozen(self, tensors: dict[str, Tensor]) -> None:
+        weight, bias, frac = (tensors[name] for name in self._frozen_names)
+        if self.weight is not None and weight.shape != self.weight.shape:
+            raise ValueError(f"weights of shape {tuple(weight.shape)} instead of {tuple(self.weight.shape)}")
+        if (weight.dtype, bias.dtype) != (torch.int16, torch.int32) or not 1 <= int(frac) <= WEIGHT_FRAC_MAX:
+            raise ValueError("these are not the integers of an exact layer")
         super().set_frozen(tensors)
-        self.shift = int(self.weight_frac)
+        self.shift = int(frac)
         if self.bound() >= FLOAT64_EXACT:
             raise ValueError(f"sums can reach {self.bound():.3g}, beyond 2**53: this layer cannot be exact")
-        self._matrix.clear()
+        self._cache: dict[tuple, Tensor] = {}
 
-    def bound(self, input_max: int = ACT_MAX) -> int:
-        """Largest |sum| that inputs up to ``input_max`` can give, before the result is rounded."""
-        per_output = self.weight_q.long().abs().flatten(1).sum(1)
-        bias = self.bias_q.long().abs() * 2.0 ** max(self.shift, 0)
-        return int((per_output * input_max + bias + 2.0**self.shift).max())
+    def _reach(self, weight: Tensor) -> Tensor:
+        """Sum of |weight| over all that one output can see, int64 (out,)."""
+        return weight.long().abs().flatten(1).sum(1)
 
-    def kernel_dtype(self, input_max: int = ACT_MAX) -> torch.dtype:
-        """The cheapest type whose products are exact for this input range."""
-        return torch.float32 if self.bound(input_max) < FLOAT32_EXACT else torch.float64
+    def bound(self) -> int:
+        """Largest |integer| on the way: sums, plus bias, plus the half that rounds, on the product grid."""
+        bias = self.bias_q.long().abs() << self.shift
+        return int((self._reach(self.weight_q) * ACT_MAX + bias).max()) + (1 << self.shift)
 
-    def matrix(self, device: torch.device, dtype: torch.dtype, channels: slice | None = None) -> Tensor:
-        """Weights as (groups, out/groups, in/groups * k * k) of ``dtype``, input channels cut to ``channels``; cached."""
-        key = (device, dtype, None if channels is None else (channels.start, channels.stop))
-        if key not in self._matrix:
-            weight = self.weight_q if channels is None else self.weight_q[:, channels]
-            flat = weight.flatten(1).to(device=device, dtype=dtype)
-            self._matrix[key] = flat.reshape(self.groups, -1, flat.shape[1]).contiguous()
-        return self._matrix[key]
+    def _cached(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
+        """Float64 form of the weights on the device where they are."""
+        key = (self.weight_q.device, *key)
+        if key not in self._cache:
+            self._cache[key] = make().double().contiguous()
+        return self._cache[key]
 
-    def _finish(self, sums: Tensor) -> Grid:
-        """Add the bias and come back to the activation grid. sums (B, out, n), integers on 2**-(ACT_FRAC + shift)."""
-        bias = self.bias_q.to(device=sums.device, dtype=torch.float64)
-        q = torch.floor(sums.double().mul_(2.0**-self.shift).add_(bias[:, None] + 0.5)).clamp_(-ACT_MAX, ACT_MAX)
-        return Grid(q)
+    def _input(self, x: Grid) -> Tensor:
+        self._need_frozen()
+        if x.frac != ACT_FRAC or x.limit > ACT_MAX:
+            raise ValueError(f"an exact layer takes 2**-{ACT_FRAC} up to {ACT_MAX}, not 2**-{x.frac} up to {x.limit}")
+        return x.q
 
-    def gather(self, x: Grid, positions: Tensor | None = None, channels: slice | None = None,
-               input_max: int = ACT_MAX) -> Grid:  # fmt: skip
-        """The layer at flat ``positions`` (n,) of the map only (all by default): x (B, C, h, w) -> (B, out, n).
+    def _finish(self, sums: Tensor, dim: int) -> Grid:
+        """Add the bias along ``dim`` and come back to the activation grid; consumes ``sums``, on the product grid."""
+        bias = self.bias_q.to(torch.float64).add_(0.5)
+        bias = bias.reshape(-1, *(1,) * (-1 - dim))
+        return Grid(sums.mul_(2.0**-self.shift).add_(bias).floor_().clamp_(-ACT_MAX, ACT_MAX))
+
+    def _operands(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the float path."""
+        if not self.fake_quantisation:
+            return self.weight, self.bias
+        weight, frac = integer_weights(self.weight)
+        rounded = self.weight + (weight.to(self.weight) * 2.0**-frac - self.weight).detach()
+        return rounded, None if self.bias is None else _round_ste(self.bias)
+
+    def _result(self, y: Tensor) -> Tensor:
+        """Result of the float path."""
+        return _round_ste(y.clamp(-(1 << ACT_INT), 1 << ACT_INT)) if self.fake_quantisation else y
+
+
+def _round_ste(x: Tensor) -> Tensor:
+    """Nearest values on the activation grid, with the identity as gradient."""
+    return x + (torch.floor(x * 2.0**ACT_FRAC + 0.5) * 2.0**-ACT_FRAC - x).detach()
+
+
+@lru_cache(maxsize=16)
+def patch_index(h: int, w: int, kernel: int, stride: int, wide: int, device: torch.device) -> Tensor:
+    """(h*w, kernel*kernel): flat positions, in a map ``wide`` columns wide, of the window of each of h x w outputs."""
+    side = torch.arange(kernel, device=device)
+    rows, cols = torch.arange(h, device=device) * stride, torch.arange(w, device=device) * stride
+    return (rows[:, None] * wide + cols).reshape(-1, 1) + (side[:, None] * wide + side).reshape(1, -1)
+
+
+class ExactConv2d(ExactAffine, nn.Conv2d):
+    """Convolution of square kernels with zero padding, by default kernel//2; 1x1 also takes grids (B, C, n)."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 1, *, stride: int = 1,
+                 padding: int | None = None, groups: int = 1, bias: bool = True):  # fmt: skip
+        padding = kernel // 2 if padding is None else padding
+        super().__init__(in_channels, out_channels, kernel, stride, padding, groups=groups, bias=bias)
+
+    def _matrix(self, channels: slice | None) -> Tensor:
+        """Weights as (groups, out/groups, k*k*in/groups), float64, input channels cut to ``channels``."""
+        key = () if channels is None else (channels.start, channels.stop)
+        weight = self.weight_q if channels is None else self.weight_q[:, channels]
+        shape = self.groups, self.out_channels // self.groups, -1
+        return self._cached(key, lambda: weight.permute(0, 2, 3, 1).reshape(shape))
+
+    def gather(self, x: Grid, positions: Tensor | None = None, channels: slice | None = None) -> Grid:
+        """The layer at flat ``positions`` (n,) of its output map only (all by default): x (B, C, h, w) -> (B, out, n).
 
         ``channels`` says that x holds only these of the input channels and that the others are zero.
-        ``input_max`` may state a smaller range of |x.q|, which can make float32 exact.
         """
-        if x.frac != ACT_FRAC:
-            raise ValueError(f"an exact layer takes the grid 2**-{ACT_FRAC}, not 2**-{x.frac}")
-        dtype = self.kernel_dtype(input_max)
-        b, c, h, w = x.shape
-        k = self.kernel_size[0]
-        if k == 1:
-            columns = x.q.reshape(b, c, -1)
+        q = self._input(x)
+        b, c, h, w = q.shape
+        k, s, p = self.kernel_size[0], self.stride[0], self.padding[0]
+        weight = self._matrix(channels)
+        if (k, s, p, self.groups) == (1, 1, 0, 1):
+            columns = q.reshape(b, c, -1)
             columns = columns if positions is None else columns[:, :, positions]
-        else:
-            index = patch_index(h, w, k, x.q.device)
-            index = index if positions is None else index[:, positions]
-            padded = F.pad(x.q, (k // 2,) * 4).reshape(b, c, -1)
-            columns = padded[:, :, index.reshape(-1)].reshape(b, c * k * k, -1)
-        with exact_math():
-            weight = self.matrix(x.q.device, dtype, channels)
-            columns = columns.to(dtype).reshape(b, self.groups, -1, columns.shape[-1])
-            sums = (weight @ columns).reshape(b, self.out_channels, -1)
-        return self._finish(sums)
+            return self._finish(torch.matmul(weight, columns), -2)
+
+        # channels last: a patch is then k*k runs of c numbers, which copy fast
+        padded = q.new_zeros(b, h + 2 * p, w + 2 * p, c)
+        padded[:, p : p + h, p : p + w] = q.permute(0, 2, 3, 1)
+        out_h, out_w = ((side + 2 * p - k) // s + 1 for side in (h, w))
+        index = patch_index(out_h, out_w, k, s, w + 2 * p, q.device)
+        index = index if positions is None else index[positions]
+        sums = q.new_empty(b, self.groups, weight.shape[1], len(index))
+        size = max(1, COLUMN_ELEMENTS // (c * k * k))
+        for rows, out in zip(padded.flatten(1, 2), sums):
+            for n in range(0, len(index), size):
+                columns = rows[index[n : n + size].reshape(-1)]
+                columns = columns.reshape(-1, k * k, self.groups, c // self.groups).permute(2, 1, 3, 0)
+                out[:, :, n : n + size] = weight @ columns.reshape(self.groups, weight.shape[2], -1)
+        return self._finish(sums.flatten(1, 2), -2)
 
     def forward(self, x: Tensor | Grid) -> Tensor | Grid:
         if not isinstance(x, Grid):
-            return super().forward(x)
-        if not self.frozen:
-            raise RuntimeError("an exact layer computes on grids only after freeze()")
+            weight, bias = self._operands()
+            return self._result(F.conv2d(x, weight, bias, self.stride, self.padding, groups=self.groups))
         if x.q.ndim == 3:  # (B, C, n), 1x1 only
-            return Grid(self.gather(x[..., None]).q)
-        return Grid(self.gather(x).q.reshape(len(x.q), -1, *x.shape[2:]))
+            return self.gather(x[..., None])
+        k, s, p = self.kernel_size[0], self.stride[0], self.padding[0]
+        out_h, out_w = ((side + 2 * p - k) // s + 1 for side in x.shape[2:])
+        return self.gather(x).reshape(-1, self.out_channels, out_h, out_w)
+
+
+class ExactConvTranspose2d(ExactAffine, nn.ConvTranspose2d):
+    """Transposed convolution of square kernels; weight (in, out, k, k)."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, padding: int = 0,
+                 output_padding: int = 0, bias: bool = True):  # fmt: skip
+        super().__init__(in_channels, out_channels, kernel, stride, padding, output_padding, bias=bias)
+
+    def _reach(self, weight: Tensor) -> Tensor:
+        return weight.long().abs().sum((0, 2, 3))
+
+    def forward(self, x: Tensor | Grid) -> Tensor | Grid:
+        k, s, p, extra = self.kernel_size[0], self.stride[0], self.padding[0], self.output_padding[0]
+        if not isinstance(x, Grid):
+            return self._result(F.conv_transpose2d(x, *self._operands(), s, p, extra))
+        q = self._input(x)
+        weight = self._cached((), lambda: self.weight_q.flatten(1).t())  # (out*k*k, in)
+        size = [(side - 1) * s - 2 * p + k + extra for side in q.shape[2:]]
+        sums = F.fold(torch.matmul(weight, q.flatten(2)), size, k, padding=p, stride=s)
+        return self._finish(sums, -3)
+
+
+class ExactLinear(ExactAffine, nn.Linear):
+    """(..., in) -> (..., out)."""
+
+    def forward(self, x: Tensor | Grid) -> Tensor | Grid:
+        if not isinstance(x, Grid):
+            return self._result(F.linear(x, *self._operands()))
+        return self._finish(self._input(x) @ self._cached((), lambda: self.weight_q.t()), -1)
 
 
 class ExactReLU(nn.Module):
     """max(x, 0) of a tensor or a grid."""
 
     def forward(self, x: Tensor | Grid) -> Tensor | Grid:
-        return Grid(x.q.clamp_min(0), x.frac) if isinstance(x, Grid) else F.relu(x)
+        return Grid(x.q.clamp_min(0), x.frac, x.limit) if isinstance(x, Grid) else F.relu(x)
+
+
+class ExactLeakyReLU(nn.Module):
+    """x, or ``slope`` * x below zero; 0 <= slope <= 1 is a multiple of 1/256."""
+
+    def __init__(self, slope: float = 1 / 128):
+        super().__init__()
+        if not 0 <= slope <= 1 or slope * 256 != int(slope * 256):
+            raise ValueError(f"slope {slope} is no multiple of 1/256 in 0..1")
+        self.slope = slope
+
+    def forward(self, x: Tensor | Grid) -> Tensor | Grid:
+        if not isinstance(x, Grid):
+            return F.leaky_relu(x, self.slope)
+        return Grid(torch.where(x.q < 0, shift_round(x.q * (self.slope * 256), 8), x.q), x.frac, x.limit)
 
 
 def pixel_shuffle(x: Tensor | Grid, r: int) -> Tensor | Grid:
     """(B, C*r*r, h, w) -> (B, C, h*r, w*r)."""
-    return Grid(F.pixel_shuffle(x.q, r), x.frac) if isinstance(x, Grid) else F.pixel_shuffle(x, r)
+    return x.move(lambda q: F.pixel_shuffle(q, r)) if isinstance(x, Grid) else F.pixel_shuffle(x, r)
+
+
+def pixel_unshuffle(x: Tensor | Grid, r: int) -> Tensor | Grid:
+    """(B, C, h*r, w*r) -> (B, C*r*r, h, w)."""
+    return x.move(lambda q: F.pixel_unshuffle(q, r)) if isinstance(x, Grid) else F.pixel_unshuffle(x, r)
 
 
 def hardtanh(x: Tensor | Grid) -> Tensor | Grid:
