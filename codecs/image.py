@@ -8,6 +8,7 @@ has no seams and costs no extra bits.
 
 from __future__ import annotations
 
+import hashlib
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ TILE = 1024
 METADATA = ("icc", "exif", "xmp")
 _LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 6}]
 Progress = Callable[[int, int], None]
+Trace = dict[tuple[int, int], str]
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,11 @@ def _take(pixels: np.ndarray, x0: int, y0: int, x1: int, y1: int, peak: int) -> 
 
 @torch.inference_mode()
 def encode_picture(codec: ImageCodec, picture: Picture, level: int, *, tile: int = TILE,
-                   progress: Progress | None = None) -> Stream:  # fmt: skip
-    """A picture as a stream at integer level 0..1000. ``tile`` is the side of a tile, a multiple of 64."""
+                   progress: Progress | None = None, trace: Trace | None = None) -> Stream:  # fmt: skip
+    """A picture as a stream at integer level 0..1000. ``tile`` is the side of a tile, a multiple of 64.
+
+    ``trace`` is filled with the sha256 of every tile's y^: what a decoder must find, exactly.
+    """
     if tile < codec.tile_multiple or tile % codec.tile_multiple:
         raise UsageError(f"--tile must be a multiple of {codec.tile_multiple}, not {tile}")
     header = {"w": picture.width, "h": picture.height, "q": int(level), "f": picture.format}
@@ -102,7 +107,10 @@ def encode_picture(codec: ImageCodec, picture: Picture, level: int, *, tile: int
             y = codec.analyse(_take(picture.pixels, ex0, ey0, ex1, ey1, picture.peak).to(device), level)
             s = layout.stride
             y = y[:, :, (y0 - ey0) // s : (y1 - ey0) // s, (x0 - ex0) // s : (x1 - ex0) // s]
-            segments.append(Segment("tile", codec.encode_latent(y, level)[0]))
+            payload, y_hat = codec.encode_latent(y, level)
+            segments.append(Segment("tile", payload))
+            if trace is not None:
+                trace[column, row] = _hash(y_hat)
             if progress:
                 progress(len(segments), columns * rows)
     if picture.alpha is not None:
@@ -111,6 +119,10 @@ def encode_picture(codec: ImageCodec, picture: Picture, level: int, *, tile: int
         if value := getattr(picture, name):
             segments.append(Segment(name, _pack(value), critical=False))
     return Stream(codec.name, codec.preset, codec.model_id, header, segments)
+
+
+def _hash(y_hat: Tensor) -> str:
+    return hashlib.sha256(y_hat.contiguous().cpu().numpy().astype("<f4").tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -151,8 +163,12 @@ def picture_info(header: dict, limits: Limits = Limits()) -> PictureInfo:
 
 @torch.inference_mode()
 def decode_picture(codec: ImageCodec, stream: Stream, *, roi: tuple[int, int, int, int] | None = None,
-                   limits: Limits = Limits(), progress: Progress | None = None) -> Picture:  # fmt: skip
-    """The picture of a stream, or its region ``roi`` (x, y, width, height). CorruptStream, LimitExceeded, UsageError."""
+                   limits: Limits = Limits(), progress: Progress | None = None,
+                   trace: Trace | None = None) -> Picture:  # fmt: skip
+    """The picture of a stream, or its region ``roi`` (x, y, width, height). CorruptStream, LimitExceeded, UsageError.
+
+    ``trace`` is filled with the sha256 of the y^ of every tile that was decoded.
+    """
     info = picture_info(stream.header, limits)
     if info.tile % codec.tile_multiple:
         raise CorruptStream("header: impossible tile size")
@@ -174,6 +190,8 @@ def decode_picture(codec: ImageCodec, stream: Stream, *, roi: tuple[int, int, in
         if (column, row) not in latents:
             wl, hl = layout.cells(column, row)
             latents[column, row] = codec.decode_latent(payloads[row * columns + column], hl, wl, info.level)
+            if trace is not None:
+                trace[column, row] = _hash(latents[column, row])
         return latents[column, row]
 
     for done, (column, row) in enumerate(tiles):
@@ -277,7 +295,7 @@ def _unpack(data: bytes | None, limits: Limits, name: str, notes: list[str]) -> 
     return value
 
 
-def psnr_of(a: np.ndarray, b: np.ndarray, peak: int) -> float:
+def psnr_of(a: np.ndarray, b: np.ndarray, peak: int = 255) -> float:
     """PSNR in dB over all channels of two pictures (h, w, c); inf when equal. Row blocks keep the memory small."""
     total = sum(
         float(np.square(a[i : i + 256].astype(np.float64) - b[i : i + 256]).sum()) for i in range(0, len(a), 256)

@@ -74,30 +74,25 @@ def _our_limits() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
-def read_picture(source: str | Path | bytes | BinaryIO, limits: Limits = Limits(), *, strip: bool = False) -> Picture:
-    """Read a picture. ``strip`` drops EXIF, XMP and ICC, after turning the pixels upright.
+def read_picture(source: str | Path | bytes, limits: Limits = Limits(), *, strip: bool = False,
+                 name: str | None = None) -> Picture:  # fmt: skip
+    """Read a picture from a file, or from bytes that messages call ``name``.
+
+    ``strip`` drops EXIF, XMP and ICC, after turning the pixels upright.
 
     UnsupportedInput for what is no picture, is damaged, animated, or has more bits than would be kept; LimitExceeded;
     OSError for files that cannot be read.
     """
-    name = str(source) if isinstance(source, (str, Path)) else "input"
-    with _our_limits():
+    name = name or ("input" if isinstance(source, bytes) else str(source))
+    with _our_limits(), io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
         try:
-            data = source if isinstance(source, bytes) else None
-            file = io.BytesIO(data) if data is not None else (open(source, "rb") if name != "input" else source)
-            with file if name != "input" or data is not None else _keep_open(file):
-                return _read(file, name, limits, strip)
+            return _read(file, name, limits, strip)
         except UnidentifiedImageError:
             raise UnsupportedInput(f"{name}: not a picture that Pillow reads (PNG, JPEG, WebP, AVIF, TIFF, ...)") from None
 
 
-@contextmanager
-def _keep_open(file: BinaryIO) -> Iterator[BinaryIO]:
-    yield file
-
-
 def _read(file: BinaryIO, name: str, limits: Limits, strip: bool) -> Picture:
-    start = file.read(8192) if hasattr(file, "read") else b""
+    start = file.read(8192)
     if not start:
         raise UnsupportedInput(f"{name}: the file is empty")
     file.seek(0)

@@ -1,0 +1,649 @@
+"""The ``codec`` command. Heavy modules are imported inside the sub-commands: --help, info and models never load torch."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .container.errors import CodecError, CorruptStream, UnsupportedInput, UsageError
+from .container.format import Limits, dumps, loads, read_head, sniff
+
+SUFFIX = ".nlc"
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".ppm", ".pgm"}
+DEFAULT_QUALITY = 50.0
+EXIT_CODES = """exit codes: 0 done, 1 error, 2 wrong call, 3 damaged file, 4 model missing or mismatched, 5 limit
+exceeded, 130 interrupted. With several files all are tried, and the worst code is returned."""
+
+
+# --- small helpers ------------------------------------------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    """A line for a person, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def complain(error: BaseException, path: str | None = None) -> int:
+    """One line about an error; its exit code."""
+    if isinstance(error, FileNotFoundError):
+        text = f"{error.filename or path}: no such file"
+    elif isinstance(error, IsADirectoryError):
+        text = f"{error.filename or path}: is a directory; use -r to code the pictures in it"
+    elif isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename or path}: {error.strerror.lower()}"
+    elif isinstance(error, MemoryError):
+        text = "out of memory; smaller tiles (--tile 512) need less"
+    else:
+        text = str(error) or type(error).__name__
+    if path and path not in text:
+        text = f"{path}: {text}"
+    say(f"codec: {' '.join(text.split())}")
+    if os.environ.get("NLC_DEBUG"):
+        import traceback
+
+        traceback.print_exception(error)
+    return getattr(error, "exit_code", 1)
+
+
+def size_of(text: str) -> int:
+    """'20000', '20k', '1.5M' -> bytes."""
+    factors = {"k": 1000, "m": 1_000_000, "g": 1_000_000_000}
+    number, factor = (text[:-1], factors[text[-1].lower()]) if text[-1:].lower() in factors else (text, 1)
+    try:
+        value = float(number) * factor
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 20000, 20k or 1.5M") from None
+    if not 1 <= value < 1e15:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive size")
+    return int(value)
+
+
+def between(low: float, high: float) -> Callable[[str], float]:
+    """Argument type: a number in low..high."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is outside of {low:g}..{high:g}")
+        return value
+
+    return parse
+
+
+def region(text: str) -> tuple[int, int, int, int]:
+    """'x,y,width,height' -> four integers."""
+    try:
+        x, y, w, h = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not x,y,width,height in pixels") from None
+    return x, y, w, h
+
+
+def limits_of(args: argparse.Namespace) -> Limits:
+    chosen = {
+        "max_pixels": args.max_pixels,
+        "max_side": args.max_side,
+        "max_decoded_bytes": args.max_bytes,
+    }
+    return Limits(**{k: v for k, v in chosen.items() if v is not None})
+
+
+def device_of(args: argparse.Namespace) -> str:
+    import torch
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+    if args.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return args.device
+
+
+@contextlib.contextmanager
+def progress_bar(args: argparse.Namespace, title: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A callback (done, total) that draws a bar on a terminal, or None in a pipe."""
+    if args.quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def collect(args: argparse.Namespace, suffixes: set[str]) -> list[str]:
+    """Input names: files, '-', the content of folders with -r, and lines of --filelist."""
+    names = list(args.files)
+    if args.filelist:
+        with contextlib.ExitStack() as stack:
+            file = sys.stdin if args.filelist == "-" else stack.enter_context(open(args.filelist, encoding="utf-8"))
+            names += [line.rstrip("\r\n") for line in file if line.strip()]
+    found = []
+    for name in names:
+        if name != "-" and os.path.isdir(name) and args.recursive:
+            walk = sorted(p for p in Path(name).rglob("*") if p.is_file() and p.suffix.lower() in suffixes)
+            if not walk:
+                say(f"codec: {name}: no {'pictures' if suffixes is PICTURES else SUFFIX + ' files'} in this folder")
+            found += map(str, walk)
+        else:
+            found.append(name)
+    if not found:
+        raise UsageError("no input files")
+    return found
+
+
+def target_of(args: argparse.Namespace, name: str, suffix: str, root_names: list[str]) -> str:
+    """Where the result of ``name`` goes: '-' for stdout."""
+    if args.stdout:
+        return "-"
+    if args.output:
+        return args.output
+    if name == "-":
+        raise UsageError("reading from a pipe: say with -o FILE or -c where the result goes")
+    result = Path(name).with_suffix(suffix)
+    if args.output_dir:
+        base = next((Path(r) for r in root_names if r != "-" and os.path.isdir(r) and Path(r) in result.parents), None)
+        result = Path(args.output_dir) / (result.relative_to(base) if base else result.name)
+        result.parent.mkdir(parents=True, exist_ok=True)
+    return str(result)
+
+
+@contextlib.contextmanager
+def opened(target: str, force: bool) -> Iterator[Any]:
+    """Binary file for the result: stdout, or a file that appears whole or not at all."""
+    if target == "-":
+        if sys.stdout.isatty():
+            raise UsageError("binary data is not written to a terminal; redirect it or use -o FILE")
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    from .media.files import atomic_write
+
+    with atomic_write(target, force) as file:
+        yield file
+
+
+def check_free(target: str, force: bool, source: str) -> None:
+    """Refuse before the work what would be refused after it."""
+    if target == "-":
+        if sys.stdout.isatty():
+            raise UsageError("binary data is not written to a terminal; redirect it or use -o FILE")
+        return
+    if source != "-" and os.path.exists(target) and os.path.exists(source) and os.path.samefile(target, source):
+        raise UsageError(f"{target}: input and output are the same file")
+    if os.path.isdir(target):
+        raise UsageError(f"{target}: is a directory; use -O for a folder")
+    if not force and os.path.lexists(target):
+        raise FileExistsError(f"{target}: exists already; use -f to overwrite it")
+    folder = os.path.dirname(target) or "."
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(2, "no such file or directory", folder)
+
+
+def read_bytes(name: str) -> bytes:
+    if name == "-":
+        return sys.stdin.buffer.read()
+    with open(name, "rb") as file:
+        return file.read()
+
+
+def report(args: argparse.Namespace, row: dict[str, Any], text: str) -> None:
+    """One JSON object on stdout, or one line for a person."""
+    if args.json:
+        print(json.dumps(row), flush=True)
+    elif not args.quiet:
+        say(text)
+
+
+def run_batch(args: argparse.Namespace, suffixes: set[str], work: Callable[[argparse.Namespace, str], None]) -> int:
+    """Do ``work`` for every input; the worst exit code."""
+    names = collect(args, suffixes)
+    if len(names) > 1 and args.output:
+        raise UsageError("-o names one output but there are several inputs; use -O FOLDER")
+    if len(names) > 1 and args.stdout:
+        raise UsageError("-c writes one result but there are several inputs")
+    if args.jobs > 1 and len(names) > 1:
+        import torch.multiprocessing as multiprocessing
+        from concurrent.futures import ProcessPoolExecutor
+
+        args.threads = args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
+        quiet = argparse.Namespace(**{**vars(args), "func": None})
+        with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return max(pool.map(_guarded, [work] * len(names), [quiet] * len(names), names))
+    return max(_guarded(work, args, name) for name in names)
+
+
+def _guarded(work: Callable[[argparse.Namespace, str], None], args: argparse.Namespace, name: str) -> int:
+    try:
+        work(args, name)
+    except BrokenPipeError:
+        raise
+    except (CodecError, OSError, MemoryError) as error:
+        return complain(error, name)
+    return 0
+
+
+# --- encode, decode -----------------------------------------------------------------------------------------------------
+
+
+def encode(args: argparse.Namespace) -> int:
+    return run_batch(args, PICTURES, encode_file)
+
+
+def chosen_model(args: argparse.Namespace) -> str:
+    from .codecs import registry
+
+    if args.model:
+        return args.model
+    return registry.default("image-fast" if args.fast else "image-best" if args.best else "image")
+
+
+def encode_file(args: argparse.Namespace, name: str) -> None:
+    """Code one picture as the options say, and write it."""
+    target = target_of(args, name, SUFFIX, args.files)
+    check_free(target, args.force, name)
+    from .media.image import read_picture
+
+    data = read_bytes(name)
+    if sniff(data[:8]):
+        raise UnsupportedInput(f"{name}: is an {SUFFIX} file already")
+    limits = limits_of(args)
+    picture = read_picture(data, limits, strip=args.strip, name=name)
+    from .codecs import registry
+    from .codecs.base import LEVELS, level_of
+    from .codecs.image import decode_picture, encode_picture, fit_level, psnr_of
+
+    codec = registry.load(*registry.split(chosen_model(args)), device=device_of(args))
+    pixels = picture.width * picture.height
+    start = time.perf_counter()
+    made: dict[int, tuple[bytes, Any, dict]] = {}
+
+    def make(level: int) -> bytes:
+        if level not in made:
+            trace: dict = {}
+            with progress_bar(args, os.path.basename(name)) as bar:
+                stream = encode_picture(codec, picture, level, tile=args.tile, progress=bar, trace=trace)
+            made[level] = dumps(stream), stream, trace
+        return made[level][0]
+
+    def psnr(level: int) -> float:
+        make(level)
+        return psnr_of(picture.pixels, decode_picture(codec, made[level][1], limits=limits).pixels, picture.peak)
+
+    wanted = None
+    if args.bpp is not None:
+        wanted = (args.bpp, "bpp")
+        level, got = fit_level(lambda v: len(make(v)) * 8 / pixels, args.bpp, at_most=False, tolerance=0.005)
+    elif args.size is not None:
+        wanted = (args.size, "bytes")
+        level, got = fit_level(lambda v: len(make(v)), args.size, at_most=True, tolerance=0.005)
+    elif args.psnr is not None:
+        wanted = (args.psnr, "dB")
+        level, got = fit_level(psnr, args.psnr, at_most=False, tolerance=0.0003)
+    else:
+        level = level_of(DEFAULT_QUALITY if args.quality is None else args.quality)
+    if wanted and abs(got - wanted[0]) > 0.02 * wanted[0]:
+        say(f"codec: {name}: {wanted[0]:g} {wanted[1]} is out of reach; the closest is {got:.5g} {wanted[1]}")
+    data = make(level)
+    row = {
+        "input": name, "output": target, "width": picture.width, "height": picture.height, "model": f"{codec.name}:{codec.preset}",
+        "quality": level * 100 / LEVELS, "bytes": len(data), "bpp": len(data) * 8 / pixels,
+    }  # fmt: skip
+    if args.verify:
+        trace: dict = {}
+        decoded = decode_picture(codec, loads(data, limits), limits=limits, trace=trace)
+        if trace != made[level][2]:
+            raise CorruptStream(f"{name}: verification failed: the decoder finds other symbols than the encoder")
+        row["psnr"] = psnr_of(picture.pixels, decoded.pixels, picture.peak)
+    row["seconds"] = round(time.perf_counter() - start, 3)
+    with opened(target, args.force) as file:
+        file.write(data)
+    for note in picture.notes:
+        say(f"codec: {name}: {note}")
+    checked = f", {row['psnr']:.2f} dB, verified" if args.verify else ""
+    report(args, row, f"{name} -> {target}: {picture.width}x{picture.height}, {len(data):,} bytes, {row['bpp']:.3f} bpp, "
+                      f"quality {row['quality']:g}{checked}, {row['seconds']:.2f} s")  # fmt: skip
+    if args.rm and name != "-":
+        os.unlink(name)
+
+
+def decode(args: argparse.Namespace) -> int:
+    return run_batch(args, {SUFFIX}, decode_file)
+
+
+def decode_file(args: argparse.Namespace, name: str) -> None:
+    """Decode one file and write the picture."""
+    from .codecs.image import decode_picture, picture_info
+    from .media.image import check_target, format_of, write_picture
+
+    suffix = f".{args.format}" if args.format else ".png"
+    target = target_of(args, name, suffix, args.files)
+    form = format_of(suffix if args.format or target == "-" else target)
+    check_free(target, args.force, name)
+    limits = limits_of(args)
+    stream = loads(read_bytes(name), limits)
+    check_target(form, alpha=stream.get("alpha") is not None, depth=picture_info(stream.header, limits).depth)
+    from .codecs import registry
+
+    codec = registry.load_for(stream, device=device_of(args))
+    start = time.perf_counter()
+    with progress_bar(args, os.path.basename(name)) as bar:
+        picture = decode_picture(codec, stream, roi=args.roi, limits=limits, progress=bar)
+    seconds = time.perf_counter() - start
+    with opened(target, args.force) as file:
+        lost = write_picture(file, picture, form)
+    for note in [*stream.warnings, *lost]:
+        say(f"codec: {name}: {note}")
+    row = {"input": name, "output": target, "width": picture.width, "height": picture.height, "seconds": round(seconds, 3)}
+    report(args, row, f"{name} -> {target}: {picture.width}x{picture.height}, {seconds:.2f} s")
+    if args.rm and name != "-":
+        os.unlink(name)
+
+
+def test(args: argparse.Namespace) -> int:
+    """Decode without writing."""
+    return run_batch(args, {SUFFIX}, test_file)
+
+
+def test_file(args: argparse.Namespace, name: str) -> None:
+    limits = limits_of(args)
+    stream = loads(read_bytes(name), limits)
+    from .codecs import registry
+    from .codecs.image import decode_picture
+
+    picture = decode_picture(registry.load_for(stream, device=device_of(args)), stream, limits=limits)
+    for note in stream.warnings:
+        say(f"codec: {name}: {note}")
+    row = {"input": name, "ok": True, "width": picture.width, "height": picture.height}
+    report(args, row, f"{name}: ok, {picture.width}x{picture.height}")
+
+
+# --- info, models -------------------------------------------------------------------------------------------------------
+
+
+def info(args: argparse.Namespace) -> int:
+    worst = 0
+    for name in args.files:
+        try:
+            info_file(args, name)
+        except (CodecError, OSError) as error:
+            worst = max(worst, complain(error, name))
+    return worst
+
+
+def info_file(args: argparse.Namespace, name: str) -> None:
+    """What a file says of itself. Reads the head only, unless --verify."""
+    if args.verify:
+        data = read_bytes(name)
+        warnings = loads(data).warnings
+        import io
+
+        head, size = read_head(io.BytesIO(data)), len(data)
+    else:
+        with open(name, "rb") as file:
+            head = read_head(file)
+            size = os.fstat(file.fileno()).st_size
+        warnings = [] if size == head.file_size else [f"the file has {size} bytes where its head says {head.file_size}"]
+    header = head.header
+    row: dict[str, Any] = {"file": name, "bytes": size, "codec": head.codec, "preset": head.preset, "model_id": head.model_id.hex()}
+    if isinstance(w := header.get("w"), int) and isinstance(h := header.get("h"), int) and w > 0 and h > 0:
+        row |= {"width": w, "height": h, "bpp": size * 8 / (w * h)}
+        row |= {"channels": header.get("c", 3), "depth": header.get("d", 8), "format": header.get("f", "PNG")}
+        if isinstance(q := header.get("q"), int):
+            row["quality"] = q / 10
+        row["tiles"] = sum(e.name == "tile" for e in head.entries)
+    row["segments"] = [{"name": e.name, "bytes": e.length, "critical": e.critical} for e in head.entries]
+    row["warnings"] = warnings
+    if args.json:
+        print(json.dumps(row))
+        return
+    print(f"{name}: {size:,} bytes, {head.codec}:{head.preset}, model {head.model_id.hex()}")
+    if "width" in row:
+        kind = f"{'grey' if row['channels'] == 1 else 'RGB'} {row['depth']} bit{', alpha' if any(e.name == 'alpha' for e in head.entries) else ''}"
+        print(f"  {row['width']}x{row['height']} {kind}, {row['bpp']:.4f} bpp, quality {row.get('quality', '?')}, from {row['format']}")
+    counts: dict[str, list[int]] = {}
+    for entry in head.entries:
+        counts.setdefault(entry.name, []).append(entry.length)
+    print("  " + ", ".join(f"{len(v)} x {k}: {sum(v):,} bytes" if len(v) > 1 else f"{k}: {v[0]:,} bytes" for k, v in counts.items()))
+    for warning in warnings:
+        print(f"  {warning}")
+    if args.verify:
+        print("  all checksums are right" if not warnings else "  damaged metadata, the picture is whole")
+
+
+def models(args: argparse.Namespace) -> int:
+    from .codecs import registry
+
+    cards = registry.describe()
+    if args.json:
+        print(json.dumps(cards))
+        return 0
+    print(f"{'model':<22}{'id':<18}{'parameters':>12}{'kMAC/px enc/dec':>18}{'Kodak BD-rate vs VTM':>22}  file")
+    for card in cards:
+        macs = card["kmac_per_pixel"]
+        encoder, decoder = macs["g_a"] + macs["entropy"], macs["g_s"] + macs["entropy"]
+        bd = card.get("measured", {}).get("kodak", {}).get("bd_rate_vtm")
+        name = f"{card['codec']}:{card['preset']}"
+        mark = " *" if name == registry.default("image") else ""
+        print(f"{name + mark:<22}{card['model_id']:<18}{card['parameters']:>12,}{f'{encoder:.1f} / {decoder:.1f}':>18}"
+              f"{'not measured' if bd is None else f'{bd:+.1f} %':>22}  {os.path.basename(card['file'])}")  # fmt: skip
+    print("\n* used when no model is asked for. More weights: folders in NEURALCODEC_WEIGHTS.")
+    return 0
+
+
+# --- demo, bench, train, freeze -----------------------------------------------------------------------------------------
+
+
+def demo(args: argparse.Namespace) -> int:
+    """Encode and decode a real photograph, say what it cost, and leave the pictures to look at."""
+    import io
+
+    import matplotlib.cbook
+    import numpy as np
+    from PIL import Image
+
+    from .codecs import registry
+    from .codecs.base import level_of
+    from .codecs.image import decode_picture, encode_picture
+    from .eval.metrics import ms_ssim, psnr_rgb
+    from .media.image import Picture, read_picture
+
+    codec = registry.load(*registry.split(args.model or registry.default("image")), device=device_of(args))
+    with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
+        picture = Picture(read_picture(file.read()).pixels)
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    encode_picture(codec, picture, level_of(args.quality))  # the first call builds tables: not what the clock is for
+    start = time.perf_counter()
+    data = dumps(encode_picture(codec, picture, level_of(args.quality)))
+    middle = time.perf_counter()
+    decoded = decode_picture(codec, loads(data)).pixels
+    end = time.perf_counter()
+
+    jpeg = b""
+    for quality in range(1, 96):  # the best JPEG that is no larger
+        buffer = io.BytesIO()
+        Image.fromarray(picture.pixels).save(buffer, "JPEG", quality=quality, optimize=True)
+        if len(buffer.getvalue()) > len(data) and jpeg:
+            break
+        jpeg = buffer.getvalue()
+    other = np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
+
+    (folder / f"demo{SUFFIX}").write_bytes(data)
+    for label, pixels in (("original", picture.pixels), ("decoded", decoded), ("jpeg", other)):
+        Image.fromarray(pixels).save(folder / f"demo_{label}.png")
+    Image.fromarray(np.concatenate([picture.pixels, decoded, other], 1)).save(folder / "demo_side_by_side.png")
+    pixels = picture.width * picture.height
+    print(f"grace_hopper.jpg, {picture.width}x{picture.height}, {codec.name}:{codec.preset}, quality {args.quality:g}")
+    print(f"{'':12}{'bytes':>9}{'bpp':>9}{'PSNR':>9}{'MS-SSIM':>9}")
+    for label, size, result in (("neuralcodec", len(data), decoded), ("JPEG", len(jpeg), other)):
+        print(f"{label:12}{size:>9,}{size * 8 / pixels:>9.4f}{psnr_rgb(picture.pixels, result):>9.2f}{ms_ssim(picture.pixels, result):>9.4f}")
+    print(f"encoded in {middle - start:.2f} s, decoded in {end - middle:.2f} s")
+    print(f"look at {folder / 'demo_side_by_side.png'}: original, neuralcodec, JPEG of at most the same size")
+    return 0
+
+
+def bench(args: argparse.Namespace) -> int:
+    if args.what == "coder":
+        from .eval.bench_coder import main as run
+    else:
+        from .eval.bench_image import main as run
+    return run(args)
+
+
+def train(args: argparse.Namespace) -> int:
+    from .train.loop import main as run
+
+    return run(args)
+
+
+def freeze(args: argparse.Namespace) -> int:
+    from .train.freeze import main as run
+
+    return run(args)
+
+
+# --- the parser ---------------------------------------------------------------------------------------------------------
+
+
+def _common(parser: argparse.ArgumentParser, verb: str) -> None:
+    parser.add_argument("files", nargs="*", metavar="FILE", help=f"what to {verb}; - reads from a pipe")
+    parser.add_argument("-r", "--recursive", action="store_true", help="go through folders")
+    parser.add_argument("--filelist", metavar="FILE", help="read more input names from a file, one per line")
+    parser.add_argument("-j", "--jobs", type=int, default=1, help="files done at the same time, each in its process")
+    parser.add_argument("--threads", type=int, help="threads of each process (default: all cores)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--json", action="store_true", help="one JSON object per file on stdout")
+    parser.add_argument("--quiet", action="store_true", help="errors only")
+    group = parser.add_argument_group("limits against files that ask for too much")
+    group.add_argument("--max-pixels", type=size_of, help=f"default {Limits.max_pixels}")
+    group.add_argument("--max-side", type=size_of, help=f"default {Limits.max_side}")
+    group.add_argument("--max-bytes", type=size_of, help=f"decoded size, default {Limits.max_decoded_bytes}")
+
+
+def _outputs(parser: argparse.ArgumentParser) -> None:
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("-o", "--output", metavar="FILE", help="name of the result")
+    where.add_argument("-O", "--output-dir", metavar="DIR", help="folder for the results")
+    where.add_argument("-c", "--stdout", action="store_true", help="write to stdout")
+    parser.add_argument("-f", "--force", action="store_true", help="overwrite existing results")
+    keep = parser.add_mutually_exclusive_group()
+    keep.add_argument("--keep", action="store_true", default=True, help="keep the input (default)")
+    keep.add_argument("--rm", action="store_true", help="remove the input after success")
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser. ``command`` tells which sub-command will run, so that only its options are built from heavy modules."""
+    parser = argparse.ArgumentParser(
+        prog="codec",
+        description="Learned compression of pictures: encode, decode, measure, train.",
+        epilog="codec COMMAND --help tells more.  " + EXIT_CODES,
+    )
+    parser.add_argument("--version", action="version", version=f"codec {__version__}")
+    sub = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    p = sub.add_parser("encode", help="compress pictures", description=f"Compress pictures: photo.png -> photo{SUFFIX}.",
+                       epilog=EXIT_CODES)  # fmt: skip
+    _common(p, "encode")
+    _outputs(p)
+    rate = p.add_mutually_exclusive_group()
+    rate.add_argument("-q", "--quality", type=between(0, 100), help=f"0 (smallest) to 100; default {DEFAULT_QUALITY:g}")
+    rate.add_argument("--bpp", type=between(1e-4, 100), help="aim at this many bits per pixel")
+    rate.add_argument("--psnr", type=between(1, 100), help="aim at this PSNR in dB")
+    rate.add_argument("--size", type=size_of, help="as good as fits into this many bytes (20k, 1.5M)")
+    which = p.add_mutually_exclusive_group()
+    which.add_argument("-m", "--model", help="codec:preset, see `codec models`")
+    which.add_argument("--fast", action="store_true", help="the fastest bundled model")
+    which.add_argument("--best", action="store_true", help="the bundled model with the smallest files")
+    p.add_argument("--verify", action="store_true", help="decode and compare before the result is written")
+    p.add_argument("--strip", action="store_true", help="leave out EXIF, XMP and ICC data")
+    p.add_argument("--tile", type=int, default=1024, help="side of a tile in pixels (default 1024)")
+    p.set_defaults(func=encode)
+
+    p = sub.add_parser("decode", help="decompress", description=f"Decompress: photo{SUFFIX} -> photo.png.", epilog=EXIT_CODES)
+    _common(p, "decode")
+    _outputs(p)
+    p.add_argument("--format", choices=sorted(s[1:] for s in PICTURES), help="format of the result (default png)")
+    p.add_argument("--roi", type=region, metavar="X,Y,W,H", help="decode this region only")
+    p.set_defaults(func=decode)
+
+    p = sub.add_parser("test", help="check files by decoding them", description="Decode without writing anything.", epilog=EXIT_CODES)
+    _common(p, "check")
+    p.set_defaults(func=test)
+
+    p = sub.add_parser("info", help="what a file says of itself", description=f"Show what {SUFFIX} files hold.", epilog=EXIT_CODES)
+    p.add_argument("files", nargs="+", metavar="FILE")
+    p.add_argument("--json", action="store_true", help="one JSON object per file")
+    p.add_argument("--verify", action="store_true", help="read everything and check all checksums")
+    p.set_defaults(func=info)
+
+    p = sub.add_parser("models", help="list the weights at hand", description="List the models that can be used here.")
+    p.add_argument("--json", action="store_true", help="the model cards as JSON")
+    p.set_defaults(func=models)
+
+    p = sub.add_parser("demo", help="try it on a bundled photograph",
+                       description="Encode and decode a photograph that comes with matplotlib, beside a JPEG of the same size.")  # fmt: skip
+    p.add_argument("--out", default="codec-demo", help="folder for the pictures (default codec-demo)")
+    p.add_argument("-q", "--quality", type=between(0, 100), default=DEFAULT_QUALITY)
+    p.add_argument("-m", "--model", help="codec:preset, see `codec models`")
+    p.add_argument("--threads", type=int)
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    p.set_defaults(func=demo)
+
+    p = sub.add_parser("bench", help="measure speed", description="Measure speed beside peers in the same run.")
+    p.add_argument("what", choices=("coder", "image"), help="coder: the entropy coder; image: whole pictures")
+    p.add_argument("files", nargs="*", metavar="FILE", help="pictures (image only)")
+    p.add_argument("-m", "--model", help="codec:preset")
+    p.add_argument("--repeats", type=int, default=7)
+    p.add_argument("--threads", type=int)
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(func=bench)
+
+    for name, function, module in (("train", train, "loop"), ("freeze", freeze, "freeze")):
+        text = {"train": "train a codec", "freeze": "turn a checkpoint into a weights file"}[name]
+        p = sub.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if command == name:
+            import importlib
+
+            importlib.import_module(f".train.{module}", __package__).add_arguments(p)
+        p.set_defaults(func=function)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the ``codec`` command; the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = build_parser(argv[0] if argv else None).parse_args(argv)
+        return args.func(args)
+    except CodecError as error:
+        return complain(error)
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        say("codec: interrupted")
+        return 130
+    except OSError as error:
+        return complain(error)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

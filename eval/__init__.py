@@ -1,0 +1,1 @@
+"""Measuring: metrics, BD-rate, anchors, peers, benchmarks."""
