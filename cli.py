@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -507,16 +508,16 @@ def bench(args: argparse.Namespace) -> int:
     return run(args)
 
 
-def train(args: argparse.Namespace) -> int:
-    from .train.loop import main as run
+# commands whose options live beside their work, so that torch is loaded only for them
+LATE = {
+    "eval": (".eval.run", "rate and quality of models and peers over a folder of pictures"),
+    "train": (".train.loop", "train a codec"),
+    "freeze": (".train.freeze", "turn a checkpoint into a weights file"),
+}
 
-    return run(args)
 
-
-def freeze(args: argparse.Namespace) -> int:
-    from .train.freeze import main as run
-
-    return run(args)
+def late(args: argparse.Namespace) -> int:
+    return importlib.import_module(LATE[args.command][0], __package__).main(args)
 
 
 # --- the parser ---------------------------------------------------------------------------------------------------------
@@ -615,14 +616,11 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true")
     p.set_defaults(func=bench)
 
-    for name, function, module in (("train", train, "loop"), ("freeze", freeze, "freeze")):
-        text = {"train": "train a codec", "freeze": "turn a checkpoint into a weights file"}[name]
+    for name, (module, text) in LATE.items():
         p = sub.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if command == name:
-            import importlib
-
-            importlib.import_module(f".train.{module}", __package__).add_arguments(p)
-        p.set_defaults(func=function)
+            importlib.import_module(module, __package__).add_arguments(p)
+        p.set_defaults(func=late)
     return parser
 
 

@@ -61,6 +61,10 @@ class Grid:
     frac: int = ACT_FRAC
     limit: int = ACT_MAX
 
+    def __post_init__(self) -> None:
+        if self.q.dtype != torch.float64:
+            raise TypeError(f"a grid holds float64, not {self.q.dtype}")
+
     @property
     def shape(self) -> torch.Size:
         return self.q.shape
@@ -363,7 +367,7 @@ class ExactConv2d(ExactAffine, nn.Conv2d):
         size = max(1, COLUMN_ELEMENTS // (c * k * k))
         for rows, out in zip(padded.flatten(1, 2), sums):
             for n in range(0, len(index), size):
-                columns = rows[index[n : n + size].reshape(-1)]
+                columns = rows.index_select(0, index[n : n + size].reshape(-1))
                 columns = columns.reshape(-1, k * k, self.groups, c // self.groups).permute(2, 1, 3, 0)
                 out[:, :, n : n + size] = weight @ columns.reshape(self.groups, weight.shape[2], -1)
         return self._finish(sums.flatten(1, 2), -2)
@@ -439,6 +443,11 @@ def pixel_shuffle(x: Tensor | Grid, r: int) -> Tensor | Grid:
 def pixel_unshuffle(x: Tensor | Grid, r: int) -> Tensor | Grid:
     """(B, C, h*r, w*r) -> (B, C*r*r, h, w)."""
     return x.move(lambda q: F.pixel_unshuffle(q, r)) if isinstance(x, Grid) else F.pixel_unshuffle(x, r)
+
+
+def bounded(x: Tensor | Grid) -> Tensor | Grid:
+    """A sum made fit for the next layer: grids are clamped to the range of activations, tensors pass."""
+    return x.clamp() if isinstance(x, Grid) else x
 
 
 def hardtanh(x: Tensor | Grid) -> Tensor | Grid:

@@ -70,5 +70,5 @@ def ms_ssim(a: np.ndarray, b: np.ndarray, peak: int = 255) -> float | None:
     """MS-SSIM of two pictures (H, W, C); None where they are smaller than 161 pixels a side."""
     if min(a.shape[:2]) < MS_SSIM_MIN_SIDE:
         return None
-    x, y = (torch.from_numpy(np.ascontiguousarray(t)).permute(2, 0, 1)[None].float() for t in (a, b))
+    x, y = (torch.tensor(t).permute(2, 0, 1)[None].float() for t in (a, b))
     return float(ms_ssim_tensor(x, y, peak))
