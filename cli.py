@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
+import io
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .container.errors import CodecError, CorruptStream, UnsupportedInput, UsageError
-from .container.format import Limits, dumps, loads, read_head, sniff
+from .container.errors import CodecError, CorruptStream, ModelMissing, UnsupportedInput, UsageError
+from .container.format import Head, Limits, dumps, loads, read_head, sniff
 
 SUFFIX = ".nlc"
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".ppm", ".pgm"}
@@ -28,9 +31,16 @@ exceeded, 130 interrupted. With several files all are tried, and the worst code 
 # --- small helpers ------------------------------------------------------------------------------------------------------
 
 
+def clean(text: str, longest: int = 1000) -> str:
+    """Text of a file or a file name, safe for a terminal: one line, nothing that a terminal would obey."""
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
 def say(text: str) -> None:
     """A line for a person, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(BrokenPipeError):
+        print(clean(text), file=sys.stderr, flush=True)
 
 
 def complain(error: BaseException, path: str | None = None) -> int:
@@ -42,12 +52,14 @@ def complain(error: BaseException, path: str | None = None) -> int:
     elif isinstance(error, OSError) and error.strerror:
         text = f"{error.filename or path}: {error.strerror.lower()}"
     elif isinstance(error, MemoryError):
-        text = "out of memory; smaller tiles (--tile 512) need less"
+        text = "out of memory; smaller tiles (encode --tile 512) and fewer jobs (-j) need less"
+    elif isinstance(error, (CodecError, OSError)):
+        text = str(error)
     else:
-        text = str(error) or type(error).__name__
+        text = f"internal error ({type(error).__name__}: {error}); --debug shows where, please report it"
     if path and path not in text:
         text = f"{path}: {text}"
-    say(f"codec: {' '.join(text.split())}")
+    say(f"codec: {text}")
     if os.environ.get("NLC_DEBUG"):
         import traceback
 
@@ -79,6 +91,17 @@ def between(low: float, high: float) -> Callable[[str], float]:
         if not (low <= value <= high and math.isfinite(value)):
             raise argparse.ArgumentTypeError(f"{text} is outside of {low:g}..{high:g}")
         return value
+
+    return parse
+
+
+def count_of(low: int) -> Callable[[str], int]:
+    """Argument type: a whole number of at least ``low``."""
+
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} up")
+        return int(text)
 
     return parse
 
@@ -116,7 +139,7 @@ def device_of(args: argparse.Namespace) -> str:
 @contextlib.contextmanager
 def progress_bar(args: argparse.Namespace, title: str) -> Iterator[Callable[[int, int], None] | None]:
     """A callback (done, total) that draws a bar on a terminal, or None in a pipe."""
-    if args.quiet or not sys.stderr.isatty():
+    if args.quiet or not args.bars or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
@@ -149,8 +172,8 @@ def collect(args: argparse.Namespace, suffixes: set[str]) -> list[str]:
     return found
 
 
-def target_of(args: argparse.Namespace, name: str, suffix: str, root_names: list[str]) -> str:
-    """Where the result of ``name`` goes: '-' for stdout."""
+def target_of(args: argparse.Namespace, name: str, suffix: str) -> str:
+    """Where the result of ``name`` goes: '-' for stdout. Folders given as input keep their shape below -O."""
     if args.stdout:
         return "-"
     if args.output:
@@ -159,9 +182,8 @@ def target_of(args: argparse.Namespace, name: str, suffix: str, root_names: list
         raise UsageError("reading from a pipe: say with -o FILE or -c where the result goes")
     result = Path(name).with_suffix(suffix)
     if args.output_dir:
-        base = next((Path(r) for r in root_names if r != "-" and os.path.isdir(r) and Path(r) in result.parents), None)
-        result = Path(args.output_dir) / (result.relative_to(base) if base else result.name)
-        result.parent.mkdir(parents=True, exist_ok=True)
+        base = next((f for f in map(Path, args.files) if f in result.parents and f.is_dir()), result.parent)
+        result = Path(args.output_dir, result.relative_to(base))
     return str(result)
 
 
@@ -176,11 +198,16 @@ def opened(target: str, force: bool) -> Iterator[Any]:
         return
     from .media.files import atomic_write
 
-    with atomic_write(target, force) as file:
-        yield file
+    try:
+        with atomic_write(target, force) as file:
+            yield file
+    except OSError as error:
+        if error.errno == errno.ENOSPC:  # Python does not say where
+            error.filename = target
+        raise
 
 
-def check_free(target: str, force: bool, source: str) -> None:
+def check_free(args: argparse.Namespace, target: str, source: str) -> None:
     """Refuse before the work what would be refused after it."""
     if target == "-":
         if sys.stdout.isatty():
@@ -190,11 +217,15 @@ def check_free(target: str, force: bool, source: str) -> None:
         raise UsageError(f"{target}: input and output are the same file")
     if os.path.isdir(target):
         raise UsageError(f"{target}: is a directory; use -O for a folder")
-    if not force and os.path.lexists(target):
+    if not args.force and os.path.lexists(target):
         raise FileExistsError(f"{target}: exists already; use -f to overwrite it")
     folder = os.path.dirname(target) or "."
+    if args.output_dir:
+        os.makedirs(folder, exist_ok=True)
     if not os.path.isdir(folder):
-        raise FileNotFoundError(2, "no such file or directory", folder)
+        raise FileNotFoundError(errno.ENOENT, "no such folder", folder)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, "no permission to write into this folder", folder)
 
 
 def read_bytes(name: str) -> bytes:
@@ -212,31 +243,73 @@ def report(args: argparse.Namespace, row: dict[str, Any], text: str) -> None:
         say(text)
 
 
-def run_batch(args: argparse.Namespace, suffixes: set[str], work: Callable[[argparse.Namespace, str], None]) -> int:
-    """Do ``work`` for every input; the worst exit code."""
+Work = Callable[[argparse.Namespace, str], None]
+
+
+def run_batch(args: argparse.Namespace, suffixes: set[str], work: Work, target: Callable | None = None) -> int:
+    """Do ``work`` for every input; the worst exit code. ``target`` gives the name of an input's result."""
     names = collect(args, suffixes)
-    if len(names) > 1 and args.output:
-        raise UsageError("-o names one output but there are several inputs; use -O FOLDER")
-    if len(names) > 1 and args.stdout:
-        raise UsageError("-c writes one result but there are several inputs")
-    if args.jobs > 1 and len(names) > 1:
-        import torch.multiprocessing as multiprocessing
-        from concurrent.futures import ProcessPoolExecutor
+    if target:
+        check_outputs(args, names, target)
+    jobs = min(args.jobs or os.cpu_count() or 1, len(names))
+    if jobs < 2:
+        return max(_guarded(work, args, name) for name in names)
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
 
-        args.threads = args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
-        quiet = argparse.Namespace(**{**vars(args), "func": None})
-        with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            return max(pool.map(_guarded, [work] * len(names), [quiet] * len(names), names))
-    return max(_guarded(work, args, name) for name in names)
+    args.threads = args.threads or max(1, (os.cpu_count() or 1) // jobs)
+    args.bars = False  # several bars would overwrite each other
+    plain = argparse.Namespace(**{k: v for k, v in vars(args).items() if k != "func"})
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(jobs, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+            return max(pool.map(_in_worker, [work] * len(names), [plain] * len(names), names))
+    except BrokenProcessPool:
+        raise MemoryError from None
 
 
-def _guarded(work: Callable[[argparse.Namespace, str], None], args: argparse.Namespace, name: str) -> int:
+def check_outputs(args: argparse.Namespace, names: list[str], target: Callable) -> None:
+    """UsageError for outputs that make no sense together, before any work."""
+    several = len(names) > 1
+    if several and args.output:
+        raise UsageError("-o names one result, but there are several inputs; use -O DIR")
+    if several and args.stdout:
+        raise UsageError("-c writes one result, but there are several inputs; use -O DIR")
+    to_stdout = args.stdout or args.output == "-"
+    if to_stdout and args.json:
+        raise UsageError("-c and --json would both write to stdout; use -o FILE")
+    if to_stdout and args.rm:
+        raise UsageError("--rm needs a file as result: nobody knows whether what goes to a pipe arrives")
+    seen: dict[str, str] = {}
+    for name in names if several else ():
+        other = seen.setdefault(os.path.normpath(target(args, name)), name)
+        if other is not name:
+            raise UsageError(f"{other} and {name} would both be written to {target(args, name)}; code them apart")
+
+
+def _in_worker(work: Work, args: argparse.Namespace, name: str) -> int:
+    """One input in a process of its own. Ctrl-C reaches it only while it works, so that idle processes stay silent."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return _guarded(work, args, name)
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _guarded(work: Work, args: argparse.Namespace, name: str) -> int:
+    """Exit code of one input; its error becomes a line, so that a batch goes on."""
     try:
         work(args, name)
     except BrokenPipeError:
         raise
-    except (CodecError, OSError, MemoryError) as error:
-        return complain(error, name)
+    except Exception as error:
+        code = complain(error, name)
+        if args.json:
+            print(json.dumps({"input": name, "error": type(error).__name__, "exit_code": code}), flush=True)
+        return code
     return 0
 
 
@@ -244,7 +317,11 @@ def _guarded(work: Callable[[argparse.Namespace, str], None], args: argparse.Nam
 
 
 def encode(args: argparse.Namespace) -> int:
-    return run_batch(args, PICTURES, encode_file)
+    return run_batch(args, PICTURES, encode_file, encode_target)
+
+
+def encode_target(args: argparse.Namespace, name: str) -> str:
+    return target_of(args, name, SUFFIX)
 
 
 def chosen_model(args: argparse.Namespace) -> str:
@@ -257,8 +334,8 @@ def chosen_model(args: argparse.Namespace) -> str:
 
 def encode_file(args: argparse.Namespace, name: str) -> None:
     """Code one picture as the options say, and write it."""
-    target = target_of(args, name, SUFFIX, args.files)
-    check_free(target, args.force, name)
+    target = encode_target(args, name)
+    check_free(args, target, name)
     from .media.image import read_picture
 
     data = read_bytes(name)
@@ -299,7 +376,8 @@ def encode_file(args: argparse.Namespace, name: str) -> None:
         level, got = fit_level(psnr, args.psnr, at_most=False, tolerance=0.0003)
     else:
         level = level_of(DEFAULT_QUALITY if args.quality is None else args.quality)
-    if wanted and abs(got - wanted[0]) > 0.02 * wanted[0]:
+    below = args.size is not None and got <= args.size  # a smaller file than allowed is no failure
+    if wanted and not below and abs(got - wanted[0]) > 0.02 * wanted[0]:
         say(f"codec: {name}: {wanted[0]:g} {wanted[1]} is out of reach; the closest is {got:.5g} {wanted[1]}")
     data = make(level)
     row = {
@@ -325,7 +403,13 @@ def encode_file(args: argparse.Namespace, name: str) -> None:
 
 
 def decode(args: argparse.Namespace) -> int:
-    return run_batch(args, {SUFFIX}, decode_file)
+    if args.rm and args.roi:
+        raise UsageError("--rm with --roi would lose the rest of the picture; leave one of them out")
+    return run_batch(args, {SUFFIX}, decode_file, decode_target)
+
+
+def decode_target(args: argparse.Namespace, name: str) -> str:
+    return target_of(args, name, f".{args.format}")
 
 
 def decode_file(args: argparse.Namespace, name: str) -> None:
@@ -333,10 +417,9 @@ def decode_file(args: argparse.Namespace, name: str) -> None:
     from .codecs.image import decode_picture, picture_info
     from .media.image import check_target, format_of, write_picture
 
-    suffix = f".{args.format}" if args.format else ".png"
-    target = target_of(args, name, suffix, args.files)
-    form = format_of(suffix if args.format or target == "-" else target)
-    check_free(target, args.force, name)
+    target = decode_target(args, name)
+    form = format_of(target if args.output and target != "-" else f".{args.format}")
+    check_free(args, target, name)
     limits = limits_of(args)
     stream = loads(read_bytes(name), limits)
     check_target(form, alpha=stream.get("alpha") is not None, depth=picture_info(stream.header, limits).depth)
@@ -347,8 +430,10 @@ def decode_file(args: argparse.Namespace, name: str) -> None:
     with progress_bar(args, os.path.basename(name)) as bar:
         picture = decode_picture(codec, stream, roi=args.roi, limits=limits, progress=bar)
     seconds = time.perf_counter() - start
+    buffer = io.BytesIO()  # some formats go back in the file while they write, which a pipe cannot
+    lost = write_picture(buffer, picture, form)
     with opened(target, args.force) as file:
-        lost = write_picture(file, picture, form)
+        file.write(buffer.getbuffer())
     for note in [*stream.warnings, *lost]:
         say(f"codec: {name}: {note}")
     row = {"input": name, "output": target, "width": picture.width, "height": picture.height, "seconds": round(seconds, 3)}
@@ -379,53 +464,62 @@ def test_file(args: argparse.Namespace, name: str) -> None:
 
 
 def info(args: argparse.Namespace) -> int:
-    worst = 0
-    for name in args.files:
-        try:
-            info_file(args, name)
-        except (CodecError, OSError) as error:
-            worst = max(worst, complain(error, name))
-    return worst
+    return max(_guarded(info_file, args, name) for name in args.files)
 
 
 def info_file(args: argparse.Namespace, name: str) -> None:
-    """What a file says of itself. Reads the head only, unless --verify."""
-    if args.verify:
+    """What a file says of itself. Reads the head only, unless --verify. CorruptStream, once shown, for a cut file."""
+    warnings: list[str] = []
+    if args.verify or name == "-":
         data = read_bytes(name)
-        warnings = loads(data).warnings
-        import io
-
+        if args.verify:
+            warnings = loads(data).warnings
         head, size = read_head(io.BytesIO(data)), len(data)
     else:
         with open(name, "rb") as file:
-            head = read_head(file)
-            size = os.fstat(file.fileno()).st_size
-        warnings = [] if size == head.file_size else [f"the file has {size} bytes where its head says {head.file_size}"]
-    header = head.header
-    row: dict[str, Any] = {"file": name, "bytes": size, "codec": head.codec, "preset": head.preset, "model_id": head.model_id.hex()}
-    if isinstance(w := header.get("w"), int) and isinstance(h := header.get("h"), int) and w > 0 and h > 0:
-        row |= {"width": w, "height": h, "bpp": size * 8 / (w * h)}
-        row |= {"channels": header.get("c", 3), "depth": header.get("d", 8), "format": header.get("f", "PNG")}
-        if isinstance(q := header.get("q"), int):
-            row["quality"] = q / 10
-        row["tiles"] = sum(e.name == "tile" for e in head.entries)
-    row["segments"] = [{"name": e.name, "bytes": e.length, "critical": e.critical} for e in head.entries]
-    row["warnings"] = warnings
-    if args.json:
-        print(json.dumps(row))
-        return
-    print(f"{name}: {size:,} bytes, {head.codec}:{head.preset}, model {head.model_id.hex()}")
+            head, size = read_head(file), file.seek(0, os.SEEK_END)
+    if size != head.file_size:
+        warnings = [f"the file has {size:,} bytes where its head says {head.file_size:,}: cut short or not whole"]
+    row = describe_head(head) | {"file": name, "bytes": size, "warnings": warnings}
     if "width" in row:
-        kind = f"{'grey' if row['channels'] == 1 else 'RGB'} {row['depth']} bit{', alpha' if any(e.name == 'alpha' for e in head.entries) else ''}"
-        print(f"  {row['width']}x{row['height']} {kind}, {row['bpp']:.4f} bpp, quality {row.get('quality', '?')}, from {row['format']}")
+        row["bpp"] = size * 8 / (row["width"] * row["height"])
+    if args.json:
+        print(json.dumps(row), flush=True)
+    else:
+        show_info(row, args.verify)
+    if size != head.file_size:
+        raise CorruptStream(warnings[0])
+
+
+def describe_head(head: Head) -> dict[str, Any]:
+    """Plain values of a head. The header is not trusted: only a checksum protects it, and a stranger may have written it."""
+    header = head.header
+    row: dict[str, Any] = {"codec": head.codec, "preset": head.preset, "model_id": head.model_id.hex()}
+    w, h, q = (header.get(k) for k in ("w", "h", "q"))
+    if type(w) is int and type(h) is int and w > 0 and h > 0:
+        row |= {"width": w, "height": h, "channels": header.get("c", 3), "depth": header.get("d", 8)}
+        row |= {"format": clean(str(header.get("f", "PNG")), 20), "tiles": sum(e.name == "tile" for e in head.entries)}
+        row["quality"] = q / 10 if type(q) is int else None
+    row["segments"] = [{"name": e.name, "bytes": e.length, "critical": e.critical} for e in head.entries]
+    return row
+
+
+def show_info(row: dict[str, Any], verified: bool) -> None:
+    """The lines of ``codec info`` for a person."""
+    lines = [f"{row['file']}: {row['bytes']:,} bytes, {row['codec']}:{row['preset']}, model {row['model_id']}"]
     counts: dict[str, list[int]] = {}
-    for entry in head.entries:
-        counts.setdefault(entry.name, []).append(entry.length)
-    print("  " + ", ".join(f"{len(v)} x {k}: {sum(v):,} bytes" if len(v) > 1 else f"{k}: {v[0]:,} bytes" for k, v in counts.items()))
-    for warning in warnings:
-        print(f"  {warning}")
-    if args.verify:
-        print("  all checksums are right" if not warnings else "  damaged metadata, the picture is whole")
+    for segment in row["segments"]:
+        counts.setdefault(segment["name"], []).append(segment["bytes"])
+    if "width" in row:
+        kind = f"{'grey' if row['channels'] == 1 else 'RGB'}{' with alpha' if 'alpha' in counts else ''}, {row['depth']} bit"
+        lines.append(f"  {row['width']}x{row['height']}, {kind}, {row['bpp']:.4f} bpp, quality {row['quality']}, from {row['format']}")
+    lines.append("  " + ", ".join(f"{len(v)} x {k}: {sum(v):,} bytes" if len(v) > 1 else f"{k}: {v[0]:,} bytes"
+                                  for k, v in counts.items()))  # fmt: skip
+    lines += [f"  {warning}" for warning in row["warnings"]]
+    if verified and not row["warnings"]:
+        lines.append("  all checksums are right")
+    for line in lines:
+        print(line[: len(line) - len(line.lstrip())] + clean(line), flush=True)
 
 
 def models(args: argparse.Namespace) -> int:
@@ -435,6 +529,8 @@ def models(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(cards))
         return 0
+    if not cards:
+        raise ModelMissing("no weights here; install the package again, or name their folder in NEURALCODEC_WEIGHTS")
     print(f"{'model':<22}{'id':<18}{'parameters':>12}{'kMAC/px enc/dec':>18}{'Kodak BD-rate vs VTM':>22}  file")
     for card in cards:
         macs = card["kmac_per_pixel"]
@@ -453,8 +549,6 @@ def models(args: argparse.Namespace) -> int:
 
 def demo(args: argparse.Namespace) -> int:
     """Encode and decode a real photograph, say what it cost, and leave the pictures to look at."""
-    import io
-
     import matplotlib.cbook
     import numpy as np
     from PIL import Image
@@ -527,8 +621,9 @@ def _common(parser: argparse.ArgumentParser, verb: str) -> None:
     parser.add_argument("files", nargs="*", metavar="FILE", help=f"what to {verb}; - reads from a pipe")
     parser.add_argument("-r", "--recursive", action="store_true", help="go through folders")
     parser.add_argument("--filelist", metavar="FILE", help="read more input names from a file, one per line")
-    parser.add_argument("-j", "--jobs", type=int, default=1, help="files done at the same time, each in its process")
-    parser.add_argument("--threads", type=int, help="threads of each process (default: all cores)")
+    parser.add_argument("-j", "--jobs", type=count_of(0), default=1, metavar="N",
+                        help="files done at the same time, each in its process; 0 means one per core (default 1)")  # fmt: skip
+    parser.add_argument("--threads", type=count_of(1), metavar="N", help="threads of each process (default: all cores)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", action="store_true", help="one JSON object per file on stdout")
     parser.add_argument("--quiet", action="store_true", help="errors only")
@@ -603,7 +698,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     p.add_argument("--out", default="codec-demo", help="folder for the pictures (default codec-demo)")
     p.add_argument("-q", "--quality", type=between(0, 100), default=DEFAULT_QUALITY)
     p.add_argument("-m", "--model", help="codec:preset, see `codec models`")
-    p.add_argument("--threads", type=int)
+    p.add_argument("--threads", type=count_of(1), metavar="N", help="threads (default: all cores)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     p.set_defaults(func=demo)
 
@@ -612,7 +707,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     p.add_argument("files", nargs="*", metavar="FILE", help="pictures (image only)")
     p.add_argument("-m", "--model", help="codec:preset")
     p.add_argument("--repeats", type=int, default=7)
-    p.add_argument("--threads", type=int)
+    p.add_argument("--threads", type=count_of(1), metavar="N", help="threads (default: all cores)")
     p.add_argument("--json", action="store_true")
     p.set_defaults(func=bench)
 

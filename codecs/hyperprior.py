@@ -102,7 +102,7 @@ class Hyperprior(ImageCodec):
         return self.g_s(y_hat, torch.tensor([float(level)], device=y_hat.device))
 
     def encode_latent(self, y: Tensor, level: int) -> tuple[bytes, Tensor]:
-        return self.latent.compress(y, level)
+        return self.latent.compress(y, self.latent.analyse_hyper(y, level), level)
 
     def decode_latent(self, payload: bytes, hl: int, wl: int, level: int) -> Tensor:
         return self.latent.decompress(payload, hl, wl, level)

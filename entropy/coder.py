@@ -17,6 +17,9 @@ from .tables import TOTAL, Tables
 
 MAX_BEYOND = 1 << 24  # an escaped value lies at most this far outside of its table
 _HALF = 1 << 12
+# Lies at the bottom of the stack and is decoded last. A damaged stream that runs out of words early ends in state 0, which
+# looks like a proper end; without the sentinel one damaged payload in six was not noticed.
+SENTINEL = 0xA5C
 
 _Categorical = constriction.stream.model.Categorical
 
@@ -96,7 +99,10 @@ class Encoder:
 
     def finish(self) -> bytes:
         """The payload. The last run goes in first: ANS is a stack."""
+        if not self._runs:
+            return b""
         coder = constriction.stream.stack.AnsCoder()
+        coder.encode_reverse(SENTINEL, _uniform(_HALF))
         for symbols, model in reversed(self._runs):
             coder.encode_reverse(symbols, model)
         return coder.get_compressed().astype("<u4").tobytes()
@@ -109,6 +115,7 @@ class Decoder:
         """CorruptStream when the payload cannot come from ``Encoder.finish``."""
         if len(payload) % 4:
             raise CorruptStream("entropy payload: length is not a multiple of 4 bytes")
+        self._empty = not payload
         try:
             self._coder = constriction.stream.stack.AnsCoder(np.frombuffer(payload, "<u4").astype(np.uint32))
         except ValueError as error:
@@ -141,6 +148,8 @@ class Decoder:
         return values
 
     def finish(self) -> None:
-        """CorruptStream unless exactly everything was read: an ANS state comes back to its start only for intact data."""
-        if not self._coder.is_empty():
+        """CorruptStream unless exactly everything was read: the sentinel comes out, and the state is back at its start."""
+        if self._empty:
+            return
+        if self._coder.decode(_uniform(_HALF)) != SENTINEL or not self._coder.is_empty():
             raise CorruptStream("entropy payload: data left over or missing at the end")

@@ -107,13 +107,11 @@ class Grid:
 
     def __mul__(self, other: Grid | float) -> Grid:
         """Product, rounded to the grid of ``self``. A plain number is taken at its nearest multiple of 2**-16."""
-        if isinstance(other, Grid):
-            factor, bits, limit = other.q, other.frac, other.limit
-        else:
-            factor, bits = math.floor(other * (1 << CONSTANT_FRAC) + 0.5), CONSTANT_FRAC
-            limit = abs(factor)
-        limit = _checked(2 * self.limit * limit) // 2  # twice: the rounding adds a half
-        return Grid(shift_round(self.q * factor, bits), self.frac, (limit >> bits) + 1)
+        if not isinstance(other, Grid):
+            factor = math.floor(other * (1 << CONSTANT_FRAC) + 0.5)
+            other = Grid(self.q.new_tensor(float(factor)), CONSTANT_FRAC, abs(factor))
+        limit = _checked(2 * self.limit * other.limit) // 2  # twice: the rounding adds a half
+        return Grid(shift_round(self.q * other.q, other.frac), self.frac, (limit >> other.frac) + 1)
 
     def __getitem__(self, key) -> Grid:
         return Grid(self.q[key], self.frac, self.limit)
@@ -150,8 +148,10 @@ def cat(parts: list, dim: int = 1) -> Tensor | Grid:
 
 def matmul(a: Tensor | Grid, b: Tensor | Grid) -> Tensor | Grid:
     """(..., n, k) @ (..., k, m). Grids of any steps; the result is on the activation grid and clamped."""
-    if not isinstance(a, Grid):
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a @ b
+    if not (isinstance(a, Grid) and isinstance(b, Grid)):
+        raise TypeError("a grid and a tensor cannot be multiplied")
     bits = a.frac + b.frac - ACT_FRAC
     if bits < 0:
         raise ValueError(f"a product of grids 2**-{a.frac} and 2**-{b.frac} is coarser than the activations")
@@ -210,7 +210,7 @@ def frozen_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def load_frozen(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Inverse of ``frozen_tensors``. KeyError when one is missing, ValueError when one does not fit or is not known."""
-    known = set()
+    known: set[str] = set()
     for name, child in _freezables(module):
         own = {key: tensors[f"{name}.{key}"] for key in child._frozen_names}
         known.update(f"{name}.{key}" for key in own)
@@ -247,6 +247,8 @@ class ExactAffine(Freezable):
     """
 
     _frozen_names = ("weight_q", "bias_q", "weight_frac")
+    weight: Tensor
+    bias: Tensor | None
     weight_q: Tensor
     bias_q: Tensor
     fake_quantisation = False
@@ -335,6 +337,7 @@ class ExactConv2d(ExactAffine, nn.Conv2d):
                  padding: int | None = None, groups: int = 1, bias: bool = True):  # fmt: skip
         padding = kernel // 2 if padding is None else padding
         super().__init__(in_channels, out_channels, kernel, stride, padding, groups=groups, bias=bias)
+        self.kernel, self.step, self.margin = kernel, stride, padding
 
     def _matrix(self, channels: slice | None) -> Tensor:
         """Weights as (groups, out/groups, k*k*in/groups), float64, input channels cut to ``channels``."""
@@ -350,7 +353,7 @@ class ExactConv2d(ExactAffine, nn.Conv2d):
         """
         q = self._input(x)
         b, c, h, w = q.shape
-        k, s, p = self.kernel_size[0], self.stride[0], self.padding[0]
+        k, s, p = self.kernel, self.step, self.margin
         weight = self._matrix(channels)
         if (k, s, p, self.groups) == (1, 1, 0, 1):
             columns = q.reshape(b, c, -1)
@@ -378,7 +381,7 @@ class ExactConv2d(ExactAffine, nn.Conv2d):
             return self._result(F.conv2d(x, weight, bias, self.stride, self.padding, groups=self.groups))
         if x.q.ndim == 3:  # (B, C, n), 1x1 only
             return self.gather(x[..., None])
-        k, s, p = self.kernel_size[0], self.stride[0], self.padding[0]
+        k, s, p = self.kernel, self.step, self.margin
         out_h, out_w = ((side + 2 * p - k) // s + 1 for side in x.shape[2:])
         return self.gather(x).reshape(-1, self.out_channels, out_h, out_w)
 
@@ -389,17 +392,18 @@ class ExactConvTranspose2d(ExactAffine, nn.ConvTranspose2d):
     def __init__(self, in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, padding: int = 0,
                  output_padding: int = 0, bias: bool = True):  # fmt: skip
         super().__init__(in_channels, out_channels, kernel, stride, padding, output_padding, bias=bias)
+        self.kernel, self.step, self.margin, self.extra = kernel, stride, padding, output_padding
 
     def _reach(self, weight: Tensor) -> Tensor:
         return weight.long().abs().sum((0, 2, 3))
 
     def forward(self, x: Tensor | Grid) -> Tensor | Grid:
-        k, s, p, extra = self.kernel_size[0], self.stride[0], self.padding[0], self.output_padding[0]
+        k, s, p, extra = self.kernel, self.step, self.margin, self.extra
         if not isinstance(x, Grid):
             return self._result(F.conv_transpose2d(x, *self._operands(), s, p, extra))
         q = self._input(x)
         weight = self._cached((), lambda: self.weight_q.flatten(1).t())  # (out*k*k, in)
-        size = [(side - 1) * s - 2 * p + k + extra for side in q.shape[2:]]
+        size = tuple((side - 1) * s - 2 * p + k + extra for side in q.shape[2:])
         sums = F.fold(torch.matmul(weight, q.flatten(2)), size, k, padding=p, stride=s)
         return self._finish(sums, -3)
 
@@ -453,3 +457,139 @@ def bounded(x: Tensor | Grid) -> Tensor | Grid:
 def hardtanh(x: Tensor | Grid) -> Tensor | Grid:
     """Clamp to -1..1."""
     return x.clamp(1 << x.frac) if isinstance(x, Grid) else F.hardtanh(x)
+
+
+class ExactLinear(ExactConv2d):
+    """Linear layer over the channels of (B, C, n); the weights are those of a 1x1 convolution."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, 1)
+
+    def forward(self, x: Tensor | Grid) -> Tensor | Grid:
+        if isinstance(x, Grid):
+            return super().forward(x)
+        return super().forward(x[..., None])[..., 0]
+
+
+def matmul(a: Grid, b: Grid) -> Grid:
+    """Exact a @ b, rounded to the activation grid and clamped. ValueError if the sums could reach 2**53."""
+    top = float(a.q.abs().max()) * float(b.q.abs().max()) * a.shape[-1]
+    if top >= FLOAT64_EXACT:
+        raise ValueError("a product of these grids could overflow 2**53")
+    with exact_math():
+        sums = a.q @ b.q
+    return Grid(shift_round(sums, a.frac + b.frac - ACT_FRAC)).clamp()
+
+
+TABLE_FRAC = 9  # knots of a function table per unit: 2**9, straight lines between them
+_SHIFT = ACT_FRAC - TABLE_FRAC
+
+
+class TableFunction(Freezable):
+    """A scalar function as an integer table with linear interpolation; outside of low..high its end values go on.
+
+    Frozen: ``table_q`` int32, values on the activation grid at low, low + 2**-TABLE_FRAC, ..., high.
+    """
+
+    _frozen_names = ("table_q",)
+
+    def __init__(self, function, low: int, high: int):
+        super().__init__()
+        self.function, self.low, self.high = function, low, high
+
+    def _freeze(self) -> dict[str, Tensor]:
+        x = torch.arange(self.low << TABLE_FRAC, (self.high << TABLE_FRAC) + 1, dtype=torch.float64) * 2.0**-TABLE_FRAC
+        return {"table_q": torch.floor(self.function(x) * 2.0**ACT_FRAC + 0.5).to(torch.int32)}
+
+    def forward(self, x: Tensor | Grid) -> Tensor | Grid:
+        if not isinstance(x, Grid):
+            return self.function(x)
+        if not self.frozen:
+            raise RuntimeError("a table function computes on grids only after freeze()")
+        position = (x.at(ACT_FRAC).q - (self.low << ACT_FRAC)).clamp(0, (self.high - self.low) << ACT_FRAC)
+        knot = torch.floor(position * 2.0**-_SHIFT)
+        rest = position - knot * 2.0**_SHIFT
+        table = self.table_q.to(x.q.device, torch.float64)
+        first = table[knot.long()]
+        step = table[(knot.long() + 1).clamp_max(len(table) - 1)] - first
+        return Grid(first + shift_round(step * rest, _SHIFT))
+
+
+class ExactTanh(TableFunction):
+    def __init__(self) -> None:
+        super().__init__(torch.tanh, -8, 8)
+
+
+class ExactSigmoid(TableFunction):
+    def __init__(self) -> None:
+        super().__init__(torch.sigmoid, -16, 16)
+
+
+class ExactExp(TableFunction):
+    """exp of -16..0, for softmax; positive arguments give 1."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.exp, -16, 0)
+
+
+class ExactGELU(TableFunction):
+    """GELU as relu(x) plus a table of the rest, which vanishes beyond +-8."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda x: F.gelu(x) - F.relu(x), -8, 8)
+
+    def forward(self, x: Tensor | Grid) -> Tensor | Grid:
+        if not isinstance(x, Grid):
+            return F.gelu(x)
+        return Grid(x.at(ACT_FRAC).q.clamp_min(0)) + super().forward(x)
+
+
+class ExactSoftmax(nn.Module):
+    """Softmax over ``dim``: table exp, exact sum, one correctly rounded division to the activation grid."""
+
+    def __init__(self, dim: int = -1):
+        super().__init__()
+        self.dim, self.exp = dim, ExactExp()
+
+    def forward(self, x: Tensor | Grid) -> Tensor | Grid:
+        if not isinstance(x, Grid):
+            return torch.softmax(x, self.dim)
+        e = self.exp(Grid(x.q - x.q.amax(self.dim, keepdim=True), x.frac))
+        return Grid(torch.floor(e.q * 2.0**ACT_FRAC / e.q.sum(self.dim, keepdim=True) + 0.5))
+
+
+class ExactLayerNorm(Freezable):
+    """Layer norm over dimension 1 (channels). Sums are exact; the square root and division are correctly rounded.
+
+    Frozen: ``weight_q``, ``bias_q`` int32 (C,) on the activation grid.
+    """
+
+    _frozen_names = ("weight_q", "bias_q")
+    eps = 2.0**-16
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def _float_names(self) -> tuple[str, ...]:
+        return ("weight", "bias")
+
+    def _freeze(self) -> dict[str, Tensor]:
+        return {f"{k}_q": torch.round(getattr(self, k) * 2.0**ACT_FRAC).to(torch.int32) for k in ("weight", "bias")}
+
+    def _shape(self, x: Tensor) -> tuple[int, ...]:
+        return (1, -1) + (1,) * (x.ndim - 2)
+
+    def forward(self, x: Tensor | Grid) -> Tensor | Grid:
+        if not isinstance(x, Grid):
+            centred = x - x.mean(1, keepdim=True)
+            scale = torch.rsqrt(centred.square().mean(1, keepdim=True) + self.eps)
+            return centred * scale * self.weight.view(self._shape(x)) + self.bias.view(self._shape(x))
+        n = x.shape[1]
+        centred = x.q - torch.floor(x.q.sum(1, keepdim=True) / n + 0.5)
+        power = (centred * centred).sum(1, keepdim=True)  # below 2**53 for fewer than 2**13 channels
+        spread = torch.sqrt(power / n + self.eps * 2.0 ** (2 * x.frac))
+        unit = torch.floor(centred * 2.0**ACT_FRAC / spread + 0.5)
+        weight, bias = (t.to(x.q.device, torch.float64).view(self._shape(x.q)) for t in (self.weight_q, self.bias_q))
+        return Grid(shift_round(unit * weight, ACT_FRAC) + bias).clamp()

@@ -287,11 +287,19 @@ class ContextHyperprior(Freezable):
         return y_hat.reshape(1, -1, h, w)
 
     @torch.no_grad()
-    def compress(self, y: Tensor, level: int) -> tuple[bytes, Tensor]:
-        """y (1, M, h, w) float, h and w multiples of 4 -> (payload, y^ of the same shape, float32)."""
+    def analyse_hyper(self, y: Tensor, level: int) -> Tensor:
+        """y (1, M, h, w) -> the integers z (1, hyper, h/4, w/4): the last float step of the encoder."""
         at = torch.tensor([float(level)], device=y.device)
         z = self.z_gain(self.h_a(self.h_a_level(y, at)), at)
-        z = torch.round(z).nan_to_num(0).clamp(-HYPER_MAX, HYPER_MAX)
+        return torch.round(z).nan_to_num(0).clamp(-HYPER_MAX, HYPER_MAX)
+
+    @torch.no_grad()
+    def compress(self, y: Tensor, z: Tensor, level: int) -> tuple[bytes, Tensor]:
+        """y (1, M, h, w) float, h and w multiples of 4, and its z -> (payload, y^ of the same shape, float32).
+
+        The same y and z give the same payload on every machine: y - mu and its quotient by the step are single, correctly
+        rounded float64 operations.
+        """
         encoder = Encoder()
         encoder.put(*_flat(z), self.z_tables)
         latent = y.double().reshape(1, y.shape[1], -1)

@@ -41,6 +41,7 @@ def freeze_codec(codec: Codec, folder: Path, training: dict[str, Any]) -> dict[s
     }
     partial = path.with_suffix(".partial")
     card["model_id"] = save_weights(codec.cpu().eval(), partial).hex()
+    os.chmod(partial, 0o644)  # safetensors writes private files
     os.replace(partial, path)
     card |= {"bytes": path.stat().st_size, "training": training, "measured": {}}
     write_card(path.with_suffix(".json"), card)
