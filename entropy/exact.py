@@ -24,6 +24,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -247,8 +248,8 @@ class ExactAffine(Freezable):
     """
 
     _frozen_names = ("weight_q", "bias_q", "weight_frac")
-    weight: Tensor
-    bias: Tensor | None
+    weight: Any  # Tensor, None once frozen
+    bias: Any
     weight_q: Tensor
     bias_q: Tensor
     fake_quantisation = False
@@ -375,7 +376,7 @@ class ExactConv2d(ExactAffine, nn.Conv2d):
                 out[:, :, n : n + size] = weight @ columns.reshape(self.groups, weight.shape[2], -1)
         return self._finish(sums.flatten(1, 2), -2)
 
-    def forward(self, x: Tensor | Grid) -> Tensor | Grid:
+    def forward(self, x: Tensor | Grid) -> Tensor | Grid:  # type: ignore[override]
         if not isinstance(x, Grid):
             weight, bias = self._operands()
             return self._result(F.conv2d(x, weight, bias, self.stride, self.padding, groups=self.groups))
@@ -397,7 +398,7 @@ class ExactConvTranspose2d(ExactAffine, nn.ConvTranspose2d):
     def _reach(self, weight: Tensor) -> Tensor:
         return weight.long().abs().sum((0, 2, 3))
 
-    def forward(self, x: Tensor | Grid) -> Tensor | Grid:
+    def forward(self, x: Tensor | Grid) -> Tensor | Grid:  # type: ignore[override]
         k, s, p, extra = self.kernel, self.step, self.margin, self.extra
         if not isinstance(x, Grid):
             return self._result(F.conv_transpose2d(x, *self._operands(), s, p, extra))
@@ -411,7 +412,7 @@ class ExactConvTranspose2d(ExactAffine, nn.ConvTranspose2d):
 class ExactLinear(ExactAffine, nn.Linear):
     """(..., in) -> (..., out)."""
 
-    def forward(self, x: Tensor | Grid) -> Tensor | Grid:
+    def forward(self, x: Tensor | Grid) -> Tensor | Grid:  # type: ignore[override]
         if not isinstance(x, Grid):
             return self._result(F.linear(x, *self._operands()))
         return self._finish(self._input(x) @ self._cached((), lambda: self.weight_q.t()), -1)

@@ -11,6 +11,7 @@ stored with the weights, with linear interpolation in integers between entries 2
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -179,6 +180,7 @@ class _ExactNorm(ExactAffine):
     """
 
     centred: bool
+    eps: Any
 
     def _setup(self, channels: int, dim: int) -> None:
         if channels > NORM_MAX_CHANNELS:
@@ -205,7 +207,7 @@ class _ExactNorm(ExactAffine):
         return self._finish(y * weight, -1).move(lambda t: t.movedim(-1, self.dim))
 
 
-class ExactLayerNorm(_ExactNorm, nn.LayerNorm):
+class ExactLayerNorm(_ExactNorm, nn.LayerNorm):  # type: ignore[misc]
     """Layer norm over the ``channels`` along ``dim`` (1 for maps, -1 for tokens)."""
 
     centred = True
@@ -218,7 +220,7 @@ class ExactLayerNorm(_ExactNorm, nn.LayerNorm):
         return F.layer_norm(x, (self.channels,), weight, bias, self.eps)
 
 
-class ExactRMSNorm(_ExactNorm, nn.RMSNorm):
+class ExactRMSNorm(_ExactNorm, nn.RMSNorm):  # type: ignore[misc]
     """Root-mean-square norm over the ``channels`` along ``dim``; no bias."""
 
     centred = False

@@ -425,6 +425,9 @@ def test_integers_that_do_not_fit_are_refused():
     tensors = frozen_tensors(net)
     with pytest.raises(KeyError):
         load_frozen(Mixture(), {k: v for k, v in tensors.items() if k != "qkv.weight_q"})
+    large = {"qkv.bias_q": torch.full((36,), 2**31 - 1, dtype=torch.int32), "qkv.weight_frac": torch.tensor(24).int()}
+    with pytest.raises(ValueError, match="qkv: sums can reach"):
+        load_frozen(Mixture(), tensors | large)
     for key, value, message in [
         ("surplus.weight_q", torch.zeros(1), "no layer takes surplus.weight_q"),
         ("qkv.weight_q", tensors["qkv.weight_q"][1:], "qkv: weights of shape"),
@@ -470,6 +473,7 @@ def counted(net: nn.Module) -> nn.Module:
 def digest() -> str:
     """sha256 of what the counted network makes of extreme inputs, at every thread count and oneDNN setting."""
     net = counted(Mixture())
+    torch.set_float32_matmul_precision("medium")  # must not matter: nothing is float32
     digests = set()
     for threads in (1, 2):
         torch.set_num_threads(threads)
