@@ -1,4 +1,4 @@
-"""The ``codec`` command. Heavy modules are imported inside the sub-commands: --help, info and models never load torch."""
+"""The ``codec`` command. Heavy modules are imported inside the sub-commands: --help, info, models never load torch."""
 
 from __future__ import annotations
 
@@ -24,11 +24,28 @@ from .container.format import Head, Limits, dumps, loads, read_head, sniff
 SUFFIX = ".nlc"
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".ppm", ".pgm"}
 DEFAULT_QUALITY = 50.0
-EXIT_CODES = """exit codes: 0 done, 1 error, 2 wrong call, 3 damaged file, 4 model missing or mismatched, 5 limit
-exceeded, 130 interrupted. With several files all are tried, and the worst code is returned."""
+DEVICES = ("auto", "cpu", "cuda")
+EXIT_CODES = """exit codes: 0 done, 1 error, 2 wrong call, 3 damaged file, 4 model missing or mismatched,
+5 limit exceeded, 130 interrupted. With several files all are tried; the worst code is returned."""
+ENCODE_EXAMPLES = f"""examples:
+  codec encode photo.png                     photo{SUFFIX}, quality {DEFAULT_QUALITY:g}
+  codec encode -q 30 *.jpg -O small          many pictures into a folder
+  codec encode --size 100k --verify scan.tif -o scan{SUFFIX}
+  cat photo.png | codec encode - -c > photo{SUFFIX}
+
+{EXIT_CODES}"""
+DECODE_EXAMPLES = f"""examples:
+  codec decode photo{SUFFIX}                    photo.png
+  codec decode photo{SUFFIX} -o photo.webp      the format follows the name
+  codec decode -r archive -O pictures        a tree of files into the same tree
+  codec decode --roi 0,0,512,512 huge{SUFFIX} -o corner.png
+
+Every format but JPEG and AVIF is written without further loss.
+
+{EXIT_CODES}"""
 
 
-# --- small helpers ------------------------------------------------------------------------------------------------------
+# --- small helpers ----------------------------------------------------------------------------------------------------
 
 
 def clean(text: str, longest: int = 1000) -> str:
@@ -202,7 +219,7 @@ def opened(target: str, force: bool) -> Iterator[Any]:
         with atomic_write(target, force) as file:
             yield file
     except OSError as error:
-        if error.errno == errno.ENOSPC:  # Python does not say where
+        if error.errno and not error.filename:  # a full disk, of which Python does not say where
             error.filename = target
         raise
 
@@ -313,7 +330,7 @@ def _guarded(work: Work, args: argparse.Namespace, name: str) -> int:
     return 0
 
 
-# --- encode, decode -----------------------------------------------------------------------------------------------------
+# --- encode, decode ---------------------------------------------------------------------------------------------------
 
 
 def encode(args: argparse.Namespace) -> int:
@@ -329,7 +346,8 @@ def chosen_model(args: argparse.Namespace) -> str:
 
     if args.model:
         return args.model
-    return registry.default("image-fast" if args.fast else "image-best" if args.best else "image")
+    fast, best = args.fast or (args.effort or 5) < 4, args.best or (args.effort or 5) > 6
+    return registry.default("image-fast" if fast else "image-best" if best else "image")
 
 
 def encode_file(args: argparse.Namespace, name: str) -> None:
@@ -375,14 +393,15 @@ def encode_file(args: argparse.Namespace, name: str) -> None:
         wanted = (args.psnr, "dB")
         level, got = fit_level(psnr, args.psnr, at_most=False, tolerance=0.0003)
     else:
-        level = level_of(DEFAULT_QUALITY if args.quality is None else args.quality)
+        level = level_of(args.quality)
     below = args.size is not None and got <= args.size  # a smaller file than allowed is no failure
     if wanted and not below and abs(got - wanted[0]) > 0.02 * wanted[0]:
         say(f"codec: {name}: {wanted[0]:g} {wanted[1]} is out of reach; the closest is {got:.5g} {wanted[1]}")
     data = make(level)
     row = {
-        "input": name, "output": target, "width": picture.width, "height": picture.height, "model": f"{codec.name}:{codec.preset}",
-        "quality": level * 100 / LEVELS, "bytes": len(data), "bpp": len(data) * 8 / pixels,
+        "input": name, "output": target, "width": picture.width, "height": picture.height,
+        "model": f"{codec.name}:{codec.preset}", "quality": level * 100 / LEVELS,
+        "bytes": len(data), "bpp": len(data) * 8 / pixels,
     }  # fmt: skip
     if args.verify:
         trace: dict = {}
@@ -396,8 +415,8 @@ def encode_file(args: argparse.Namespace, name: str) -> None:
     for note in picture.notes:
         say(f"codec: {name}: {note}")
     checked = f", {row['psnr']:.2f} dB, verified" if args.verify else ""
-    report(args, row, f"{name} -> {target}: {picture.width}x{picture.height}, {len(data):,} bytes, {row['bpp']:.3f} bpp, "
-                      f"quality {row['quality']:g}{checked}, {row['seconds']:.2f} s")  # fmt: skip
+    text = f"{picture.width}x{picture.height}, {len(data):,} bytes, {row['bpp']:.3f} bpp, quality {row['quality']:g}"
+    report(args, row, f"{name} -> {target}: {text}{checked}, {row['seconds']:.2f} s")
     if args.rm and name != "-":
         os.unlink(name)
 
@@ -409,19 +428,30 @@ def decode(args: argparse.Namespace) -> int:
 
 
 def decode_target(args: argparse.Namespace, name: str) -> str:
-    return target_of(args, name, f".{args.format}")
+    suffix = f".{args.format or 'png'}"
+    if args.format == "original":
+        from .media.image import SUFFIXES
+
+        with contextlib.suppress(CodecError, OSError), open(name, "rb") as file:  # the decoder will say what is wrong
+            recorded = read_head(file).header.get("f")
+            suffix = next((s for s, form in SUFFIXES.items() if form == recorded), ".png")
+    return target_of(args, name, ".png" if suffix == ".original" else suffix)
 
 
 def decode_file(args: argparse.Namespace, name: str) -> None:
     """Decode one file and write the picture."""
     from .codecs.image import decode_picture, picture_info
-    from .media.image import check_target, format_of, write_picture
+    from .media.image import SUFFIXES, check_target, format_of, write_picture
 
     target = decode_target(args, name)
-    form = format_of(target if args.output and target != "-" else f".{args.format}")
     check_free(args, target, name)
     limits = limits_of(args)
+    form = format_of(target) if args.output and target != "-" and not args.format else "PNG"
     stream = loads(read_bytes(name), limits)
+    if args.format == "original":
+        form = recorded if (recorded := stream.header.get("f")) in SUFFIXES.values() else "PNG"
+    elif args.format:
+        form = SUFFIXES[f".{args.format}"]
     check_target(form, alpha=stream.get("alpha") is not None, depth=picture_info(stream.header, limits).depth)
     from .codecs import registry
 
@@ -436,7 +466,8 @@ def decode_file(args: argparse.Namespace, name: str) -> None:
         file.write(buffer.getbuffer())
     for note in [*stream.warnings, *lost]:
         say(f"codec: {name}: {note}")
-    row = {"input": name, "output": target, "width": picture.width, "height": picture.height, "seconds": round(seconds, 3)}
+    row = {"input": name, "output": target, "width": picture.width, "height": picture.height}
+    row["seconds"] = round(seconds, 3)
     report(args, row, f"{name} -> {target}: {picture.width}x{picture.height}, {seconds:.2f} s")
     if args.rm and name != "-":
         os.unlink(name)
@@ -460,7 +491,7 @@ def test_file(args: argparse.Namespace, name: str) -> None:
     report(args, row, f"{name}: ok, {picture.width}x{picture.height}")
 
 
-# --- info, models -------------------------------------------------------------------------------------------------------
+# --- info, models -----------------------------------------------------------------------------------------------------
 
 
 def info(args: argparse.Namespace) -> int:
@@ -492,7 +523,7 @@ def info_file(args: argparse.Namespace, name: str) -> None:
 
 
 def describe_head(head: Head) -> dict[str, Any]:
-    """Plain values of a head. The header is not trusted: only a checksum protects it, and a stranger may have written it."""
+    """Plain values of a head. The header is not trusted: a stranger may have written it."""
     header = head.header
     row: dict[str, Any] = {"codec": head.codec, "preset": head.preset, "model_id": head.model_id.hex()}
     w, h, q = (header.get(k) for k in ("w", "h", "q"))
@@ -511,8 +542,9 @@ def show_info(row: dict[str, Any], verified: bool) -> None:
     for segment in row["segments"]:
         counts.setdefault(segment["name"], []).append(segment["bytes"])
     if "width" in row:
-        kind = f"{'grey' if row['channels'] == 1 else 'RGB'}{' with alpha' if 'alpha' in counts else ''}, {row['depth']} bit"
-        lines.append(f"  {row['width']}x{row['height']}, {kind}, {row['bpp']:.4f} bpp, quality {row['quality']}, from {row['format']}")
+        colour = ("grey" if row["channels"] == 1 else "RGB") + (" with alpha" if "alpha" in counts else "")
+        size = f"{row['width']}x{row['height']}, {colour}, {row['depth']} bit"
+        lines.append(f"  {size}, {row['bpp']:.4f} bpp, quality {row['quality']}, from {row['format']}")
     lines.append("  " + ", ".join(f"{len(v)} x {k}: {sum(v):,} bytes" if len(v) > 1 else f"{k}: {v[0]:,} bytes"
                                   for k, v in counts.items()))  # fmt: skip
     lines += [f"  {warning}" for warning in row["warnings"]]
@@ -544,7 +576,7 @@ def models(args: argparse.Namespace) -> int:
     return 0
 
 
-# --- demo, bench, train, freeze -----------------------------------------------------------------------------------------
+# --- demo, bench, train, freeze ---------------------------------------------------------------------------------------
 
 
 def demo(args: argparse.Namespace) -> int:
@@ -588,7 +620,8 @@ def demo(args: argparse.Namespace) -> int:
     print(f"grace_hopper.jpg, {picture.width}x{picture.height}, {codec.name}:{codec.preset}, quality {args.quality:g}")
     print(f"{'':12}{'bytes':>9}{'bpp':>9}{'PSNR':>9}{'MS-SSIM':>9}")
     for label, size, result in (("neuralcodec", len(data), decoded), ("JPEG", len(jpeg), other)):
-        print(f"{label:12}{size:>9,}{size * 8 / pixels:>9.4f}{psnr_rgb(picture.pixels, result):>9.2f}{ms_ssim(picture.pixels, result):>9.4f}")
+        quality = f"{psnr_rgb(picture.pixels, result):>9.2f}{ms_ssim(picture.pixels, result):>9.4f}"
+        print(f"{label:12}{size:>9,}{size * 8 / pixels:>9.4f}{quality}")
     print(f"encoded in {middle - start:.2f} s, decoded in {end - middle:.2f} s")
     print(f"look at {folder / 'demo_side_by_side.png'}: original, neuralcodec, JPEG of at most the same size")
     return 0
@@ -614,128 +647,185 @@ def late(args: argparse.Namespace) -> int:
     return importlib.import_module(LATE[args.command][0], __package__).main(args)
 
 
-# --- the parser ---------------------------------------------------------------------------------------------------------
+# --- the parser -------------------------------------------------------------------------------------------------------
 
 
-def _common(parser: argparse.ArgumentParser, verb: str) -> None:
+def _inputs(parser: argparse.ArgumentParser, verb: str) -> None:
     parser.add_argument("files", nargs="*", metavar="FILE", help=f"what to {verb}; - reads from a pipe")
-    parser.add_argument("-r", "--recursive", action="store_true", help="go through folders")
-    parser.add_argument("--filelist", metavar="FILE", help="read more input names from a file, one per line")
-    parser.add_argument("-j", "--jobs", type=count_of(0), default=1, metavar="N",
-                        help="files done at the same time, each in its process; 0 means one per core (default 1)")  # fmt: skip
-    parser.add_argument("--threads", type=count_of(1), metavar="N", help="threads of each process (default: all cores)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--json", action="store_true", help="one JSON object per file on stdout")
-    parser.add_argument("--quiet", action="store_true", help="errors only")
-    group = parser.add_argument_group("limits against files that ask for too much")
-    group.add_argument("--max-pixels", type=size_of, help=f"default {Limits.max_pixels}")
-    group.add_argument("--max-side", type=size_of, help=f"default {Limits.max_side}")
-    group.add_argument("--max-bytes", type=size_of, help=f"decoded size, default {Limits.max_decoded_bytes}")
+    group = parser.add_argument_group("input and work")
+    add = group.add_argument
+    add("-r", "--recursive", action="store_true", help="take the files in folders, and in those below")
+    add("--filelist", metavar="FILE", help="read more input names from FILE, one per line")
+    add("-j", "--jobs", type=count_of(0), default=1, metavar="N", help="processes; 0: one per core (default 1)")
+    add("--threads", type=count_of(1), metavar="N", help="threads of each process (default: all cores)")
+    add("--device", choices=DEVICES, default="auto", help="default auto: cuda where there is one")
+    add("--json", action="store_true", help="one JSON object per file on stdout")
+    add("--quiet", action="store_true", help="say nothing but errors")
+    parser.set_defaults(bars=True)
+
+
+def _limits(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("limits, against files that ask for too much").add_argument
+    add("--max-pixels", type=size_of, metavar="N", help=f"width times height (default {Limits.max_pixels})")
+    add("--max-side", type=size_of, metavar="N", help=f"width and height (default {Limits.max_side})")
+    add("--max-bytes", type=size_of, metavar="N", help=f"decoded size in memory (default {Limits.max_decoded_bytes})")
 
 
 def _outputs(parser: argparse.ArgumentParser) -> None:
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("-o", "--output", metavar="FILE", help="name of the result")
-    where.add_argument("-O", "--output-dir", metavar="DIR", help="folder for the results")
+    group = parser.add_argument_group("output")
+    where = group.add_mutually_exclusive_group()
+    where.add_argument("-o", "--output", metavar="FILE", help="name of the result (default: beside the input)")
+    where.add_argument("-O", "--output-dir", metavar="DIR", help="folder for the results; made if it is not there")
     where.add_argument("-c", "--stdout", action="store_true", help="write to stdout")
-    parser.add_argument("-f", "--force", action="store_true", help="overwrite existing results")
-    keep = parser.add_mutually_exclusive_group()
-    keep.add_argument("--keep", action="store_true", default=True, help="keep the input (default)")
-    keep.add_argument("--rm", action="store_true", help="remove the input after success")
+    group.add_argument("-f", "--force", action="store_true", help="overwrite existing results")
+    keep = group.add_mutually_exclusive_group()
+    keep.add_argument("--keep", action="store_true", help="keep the input (default)")
+    keep.add_argument("--rm", action="store_true", help="remove the input once its result is written")
+
+
+def _model(parser: Any) -> None:
+    parser.add_argument("-m", "--model", metavar="MODEL", help="codec:preset, see `codec models`")
+
+
+def _machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=count_of(1), metavar="N", help="threads (default: all cores)")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="default auto: cuda where there is one")
+
+
+def _quality(parser: Any) -> None:
+    text = f"0 (smallest file) to 100 (best picture); default {DEFAULT_QUALITY:g}"
+    parser.add_argument("-q", "--quality", type=between(0, 100), default=DEFAULT_QUALITY, metavar="Q", help=text)
+
+
+def _encode_options(p: argparse.ArgumentParser) -> None:
+    rate = p.add_argument_group("how good").add_mutually_exclusive_group()
+    _quality(rate)
+    rate.add_argument("--bpp", type=between(1e-4, 100), metavar="BITS", help="aim at this many bits per pixel")
+    rate.add_argument("--psnr", type=between(1, 100), metavar="DB", help="aim at this PSNR in decibels")
+    rate.add_argument("--size", type=size_of, metavar="BYTES", help="as good as fits into this many bytes (20k, 1.5M)")
+    how = p.add_argument_group("how")
+    which = how.add_mutually_exclusive_group()
+    _model(which)
+    which.add_argument("--fast", action="store_true", help="the fastest bundled model")
+    which.add_argument("--best", action="store_true", help="the bundled model with the smallest files")
+    which.add_argument(
+        "-e", "--effort", type=int, choices=range(1, 10), metavar="1..9",
+        help="1-3 is --fast, 4-6 the default model, 7-9 is --best",
+    )  # fmt: skip
+    how.add_argument("--verify", action="store_true", help="decode and compare before the result is written")
+    how.add_argument("--strip", action="store_true", help="leave out EXIF, XMP and ICC data; turn the picture upright")
+    text = "side of a tile in pixels, a multiple of 64; small ones need less memory (default 1024)"
+    how.add_argument("--tile", type=count_of(64), default=1024, metavar="N", help=text)
+    _outputs(p)
+    _inputs(p, "encode")
+    _limits(p)
+
+
+def _decode_options(p: argparse.ArgumentParser) -> None:
+    how = p.add_argument_group("how")
+    formats = sorted(s[1:] for s in PICTURES)
+    how.add_argument(
+        "--format", metavar="FORMAT", choices=[*formats, "original"],
+        help=f"{', '.join(formats)}, or original: that of the encoded picture (default: by the name at -o, or png)",
+    )  # fmt: skip
+    how.add_argument("--roi", type=region, metavar="X,Y,W,H", help="only this region: left, top, width, height")
+    _outputs(p)
+    _inputs(p, "decode")
+    _limits(p)
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
-    """The parser. ``command`` tells which sub-command will run, so that only its options are built from heavy modules."""
+    """The parser. ``command`` tells which sub-command will run: only its options may need heavy modules."""
     parser = argparse.ArgumentParser(
         prog="codec",
         description="Learned compression of pictures: encode, decode, measure, train.",
-        epilog="codec COMMAND --help tells more.  " + EXIT_CODES,
+        epilog="`codec COMMAND --help` tells more.\n\n" + EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"codec {__version__}")
-    sub = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    parser.add_argument("--version", action="version", version=f"codec {__version__}", help="show the version and exit")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from (or set NLC_DEBUG=1)")
+    sub = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
 
-    p = sub.add_parser("encode", help="compress pictures", description=f"Compress pictures: photo.png -> photo{SUFFIX}.",
-                       epilog=EXIT_CODES)  # fmt: skip
-    _common(p, "encode")
-    _outputs(p)
-    rate = p.add_mutually_exclusive_group()
-    rate.add_argument("-q", "--quality", type=between(0, 100), help=f"0 (smallest) to 100; default {DEFAULT_QUALITY:g}")
-    rate.add_argument("--bpp", type=between(1e-4, 100), help="aim at this many bits per pixel")
-    rate.add_argument("--psnr", type=between(1, 100), help="aim at this PSNR in dB")
-    rate.add_argument("--size", type=size_of, help="as good as fits into this many bytes (20k, 1.5M)")
-    which = p.add_mutually_exclusive_group()
-    which.add_argument("-m", "--model", help="codec:preset, see `codec models`")
-    which.add_argument("--fast", action="store_true", help="the fastest bundled model")
-    which.add_argument("--best", action="store_true", help="the bundled model with the smallest files")
-    p.add_argument("--verify", action="store_true", help="decode and compare before the result is written")
-    p.add_argument("--strip", action="store_true", help="leave out EXIF, XMP and ICC data")
-    p.add_argument("--tile", type=int, default=1024, help="side of a tile in pixels (default 1024)")
-    p.set_defaults(func=encode)
+    def verb(name: str, text: str, description: str, func: Callable, epilog: str = "") -> argparse.ArgumentParser:
+        raw = argparse.RawDescriptionHelpFormatter
+        p = sub.add_parser(name, help=text, description=description, epilog=epilog, formatter_class=raw)
+        p.set_defaults(func=func)
+        return p
 
-    p = sub.add_parser("decode", help="decompress", description=f"Decompress: photo{SUFFIX} -> photo.png.", epilog=EXIT_CODES)
-    _common(p, "decode")
-    _outputs(p)
-    p.add_argument("--format", choices=sorted(s[1:] for s in PICTURES), help="format of the result (default png)")
-    p.add_argument("--roi", type=region, metavar="X,Y,W,H", help="decode this region only")
-    p.set_defaults(func=decode)
+    p = verb("encode", "compress pictures", f"Compress pictures: photo.png -> photo{SUFFIX}.", encode, ENCODE_EXAMPLES)
+    _encode_options(p)
 
-    p = sub.add_parser("test", help="check files by decoding them", description="Decode without writing anything.", epilog=EXIT_CODES)
-    _common(p, "check")
-    p.set_defaults(func=test)
+    p = verb("decode", "decompress", f"Decompress: photo{SUFFIX} -> photo.png.", decode, DECODE_EXAMPLES)
+    _decode_options(p)
 
-    p = sub.add_parser("info", help="what a file says of itself", description=f"Show what {SUFFIX} files hold.", epilog=EXIT_CODES)
-    p.add_argument("files", nargs="+", metavar="FILE")
+    text = "Check files: every checksum, and that the picture decodes. Writes nothing."
+    p = verb("test", "check files by decoding them", text, test, EXIT_CODES)
+    _inputs(p, "check")
+    _limits(p)
+
+    text = f"Show what {SUFFIX} files say of themselves, without decoding them. Needs no weights."
+    p = verb("info", "show what a file holds", text, info, EXIT_CODES)
+    p.add_argument("files", nargs="+", metavar="FILE", help="what to look into; - reads from a pipe")
     p.add_argument("--json", action="store_true", help="one JSON object per file")
     p.add_argument("--verify", action="store_true", help="read everything and check all checksums")
-    p.set_defaults(func=info)
 
-    p = sub.add_parser("models", help="list the weights at hand", description="List the models that can be used here.")
+    p = verb("models", "list the weights at hand", "List the models that can be used here.", models)
     p.add_argument("--json", action="store_true", help="the model cards as JSON")
-    p.set_defaults(func=models)
 
-    p = sub.add_parser("demo", help="try it on a bundled photograph",
-                       description="Encode and decode a photograph that comes with matplotlib, beside a JPEG of the same size.")  # fmt: skip
-    p.add_argument("--out", default="codec-demo", help="folder for the pictures (default codec-demo)")
-    p.add_argument("-q", "--quality", type=between(0, 100), default=DEFAULT_QUALITY)
-    p.add_argument("-m", "--model", help="codec:preset, see `codec models`")
-    p.add_argument("--threads", type=count_of(1), metavar="N", help="threads (default: all cores)")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    p.set_defaults(func=demo)
+    text = "Encode and decode a photograph that comes with matplotlib, beside a JPEG of the same size."
+    p = verb("demo", "try it on a bundled photograph", text, demo)
+    text = "folder for the pictures (default codec-demo)"
+    p.add_argument("-O", "--out", default="codec-demo", metavar="DIR", help=text)
+    _quality(p)
+    _model(p)
+    _machine(p)
 
-    p = sub.add_parser("bench", help="measure speed", description="Measure speed beside peers in the same run.")
+    text = "Measure speed, beside peers in the same process."
+    p = verb("bench", "measure speed", text, bench)
     p.add_argument("what", choices=("coder", "image"), help="coder: the entropy coder; image: whole pictures")
-    p.add_argument("files", nargs="*", metavar="FILE", help="pictures (image only)")
-    p.add_argument("-m", "--model", help="codec:preset")
-    p.add_argument("--repeats", type=int, default=7)
+    p.add_argument("files", nargs="*", metavar="FILE", help="pictures (image only; default: a bundled photograph)")
+    _model(p)
+    p.add_argument("--repeats", type=count_of(1), default=7, metavar="N", help="the median of so many runs (default 7)")
     p.add_argument("--threads", type=count_of(1), metavar="N", help="threads (default: all cores)")
-    p.add_argument("--json", action="store_true")
-    p.set_defaults(func=bench)
+    p.add_argument("--json", action="store_true", help="the figures as JSON on stdout")
 
     for name, (module, text) in LATE.items():
-        p = sub.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        p = verb(name, text, text[0].upper() + text[1:] + ".", late)
         if command == name:
             importlib.import_module(module, __package__).add_arguments(p)
-        p.set_defaults(func=late)
     return parser
+
+
+def _quiet_stdout() -> None:
+    """Flush stdout now, and where that fails send the rest to nowhere: Python would complain at exit."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the ``codec`` command; the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--debug" in argv[: argv.index("--") if "--" in argv else None]:
+        argv.remove("--debug")
+        os.environ["NLC_DEBUG"] = "1"  # the environment also reaches the processes of -j
+    with contextlib.suppress(ValueError):  # not in the main thread: the caller's affair
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave by the door, so that partial files go
     try:
         args = build_parser(argv[0] if argv else None).parse_args(argv)
         return args.func(args)
-    except CodecError as error:
-        return complain(error)
-    except BrokenPipeError:
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has seen enough
         return 1
     except KeyboardInterrupt:
         say("codec: interrupted")
         return 130
-    except OSError as error:
+    except Exception as error:
         return complain(error)
+    finally:
+        _quiet_stdout()
 
 
 if __name__ == "__main__":
