@@ -282,6 +282,17 @@ def test_square_root_equals_integers(root, nudge):
     assert int(isqrt(torch.tensor([float(v)], dtype=torch.float64))) == math.isqrt(v)
 
 
+@pytest.mark.parametrize("off", [-1, 1])
+def test_a_first_guess_off_by_one_is_corrected(off, monkeypatch):
+    """As on hardware that divides by multiplying with the reciprocal."""
+    a, b = torch.arange(-60.0, 60.0).double(), torch.full((120,), 8.0).double()
+    squares = torch.arange(1.0, 120.0).double()
+    quotients, roots = div_round(a, b), isqrt(squares)
+    floor = torch.floor
+    monkeypatch.setattr(torch, "floor", lambda x: floor(x) + off)
+    assert torch.equal(div_round(a, b), quotients) and torch.equal(isqrt(squares), roots)
+
+
 ACTIVATIONS = [ExactGELU, ExactSiLU, ExactSoftplus, ExactSigmoid, ExactTanh]
 
 
