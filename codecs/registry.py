@@ -64,6 +64,14 @@ def _stem(codec: str, preset: str) -> str:
     return f"{codec}-{preset}"
 
 
+def weights_path(codec: str, preset: str) -> Path:
+    """The weights file of a model. ModelMissing when no folder holds it."""
+    for folder in weight_folders():
+        if (path := folder / f"{_stem(codec, preset)}.safetensors").is_file():
+            return path
+    raise ModelMissing(f"no weights of {codec}:{preset} here; `codec models` lists those at hand")
+
+
 def describe() -> list[dict[str, Any]]:
     """The cards of all weights at hand (see ``train/freeze.py`` for the keys), without importing torch."""
     cards = {}
@@ -92,12 +100,8 @@ def load(codec: str, preset: str = "light", device: str = "cpu") -> Codec:
     if (key := (codec, preset)) not in _loaded:
         from .weights import load_weights  # torch
 
-        paths = [folder / f"{_stem(codec, preset)}.safetensors" for folder in weight_folders()]
-        path = next((p for p in paths if p.is_file()), None)
-        if path is None:
-            raise ModelMissing(f"no weights of {codec}:{preset} here; `codec models` lists those at hand")
         model = cls.from_preset(preset)
-        load_weights(model, path)
+        load_weights(model, weights_path(codec, preset))
         _loaded[key] = model
     return _loaded[key].to(device)
 

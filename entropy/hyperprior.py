@@ -293,14 +293,22 @@ class ContextHyperprior(Freezable):
         z = self.z_gain(self.h_a(self.h_a_level(y, at)), at)
         return torch.round(z).nan_to_num(0).clamp(-HYPER_MAX, HYPER_MAX)
 
-    @torch.no_grad()
     def compress(self, y: Tensor, z: Tensor, level: int) -> tuple[bytes, Tensor]:
         """y (1, M, h, w) float, h and w multiples of 4, and its z -> (payload, y^ of the same shape, float32).
 
         The same y and z give the same payload on every machine: y - mu and its quotient by the step are single, correctly
         rounded float64 operations.
         """
-        encoder = Encoder()
+        return self._encode(y, z, level, Encoder())
+
+    def ideal_bits(self, y: Tensor, z: Tensor, level: int) -> float:
+        """What the integer tables charge for the symbols of ``compress``: the estimate beside the real bytes."""
+        counter = _Counter()
+        self._encode(y, z, level, counter)
+        return counter.bits
+
+    @torch.no_grad()
+    def _encode(self, y: Tensor, z: Tensor, level: int, encoder: Encoder | _Counter) -> tuple[bytes, Tensor]:
         encoder.put(*_flat(z), self.z_tables)
         latent = y.double().reshape(1, y.shape[1], -1)
 
@@ -333,6 +341,19 @@ class ContextHyperprior(Freezable):
         y_hat = self._code(z, level, read)
         decoder.finish()
         return (y_hat * 2.0**-ACT_FRAC).float()
+
+
+class _Counter:
+    """Stands in for an ``Encoder`` and adds up ideal costs."""
+
+    def __init__(self) -> None:
+        self.bits = 0.0
+
+    def put(self, values: np.ndarray, indexes: np.ndarray, tables: Tables) -> None:
+        self.bits += float(tables.bits(values, indexes).sum())
+
+    def finish(self) -> bytes:
+        return b""
 
 
 def _host(q: Tensor) -> np.ndarray:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept must also serve training
 def anchor_mask(h: int, w: int, device: torch.device | str = "cpu") -> Tensor:
     """(1, 1, h, w) float32 mask, 1 at anchors."""
     rows, cols = torch.arange(h, device=device)[:, None], torch.arange(w, device=device)[None]
@@ -16,6 +17,7 @@ def anchor_mask(h: int, w: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept must also serve training
 def positions(h: int, w: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Flat indexes (row-major) of the anchors and of the others, each increasing: the coding order of a pass."""
     flat = anchor_mask(h, w, device).reshape(-1) > 0

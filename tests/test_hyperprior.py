@@ -1,0 +1,5 @@
+from contract import ImageCodecContract
+
+
+class TestHyperprior(ImageCodecContract):
+    model = "hyperprior:test"
