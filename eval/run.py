@@ -180,7 +180,7 @@ def evaluate(folder: Path, models: list[str], peers: list[str], out: Path, *, qu
                 delta = bd_rate(
                     (reference["bpp"], reference["psnr"]), ([r["bpp"] for r in rows], [r["psnr"] for r in rows]), method
                 )
-                entry["bd_rate"][method] = {"percent": delta.percent, "overlap": delta.overlap}
+                entry["bd_rate"][method] = {"percent": delta.value, "overlap": delta.overlap}
             except (CodecError, ValueError) as error:
                 entry["bd_rate"][method] = {"error": str(error)}
         summary["codecs"][codec.name] = entry
