@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from . import __version__
 from .container.errors import CodecError, CorruptStream, ModelMissing, UnsupportedInput, UsageError
@@ -56,26 +56,25 @@ def clean(text: str, longest: int = 1000) -> str:
 
 def say(text: str) -> None:
     """A line for a person, on stderr."""
-    with contextlib.suppress(BrokenPipeError):
-        print(clean(text), file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # closed by the caller
+        with contextlib.suppress(BrokenPipeError):
+            print(clean(text), file=sys.stderr, flush=True)
 
 
 def complain(error: BaseException, path: str | None = None) -> int:
     """One line about an error; its exit code."""
-    if isinstance(error, FileNotFoundError):
-        text = f"{error.filename or path}: no such file"
-    elif isinstance(error, IsADirectoryError):
-        text = f"{error.filename or path}: is a directory; use -r to code the pictures in it"
+    if isinstance(error, IsADirectoryError):
+        text = f"{error.filename or path}: is a directory; use -r to take the files in it"
     elif isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename or path}: {error.strerror.lower()}"
+        text = f"{error.filename or path}: {error.strerror[0].lower()}{error.strerror[1:]}"
     elif isinstance(error, MemoryError):
         text = "out of memory; smaller tiles (encode --tile 512) and fewer jobs (-j) need less"
     elif isinstance(error, (CodecError, OSError)):
         text = str(error)
     else:
         text = f"internal error ({type(error).__name__}: {error}); --debug shows where, please report it"
-    if path and path not in text:
-        text = f"{path}: {text}"
+    if path and not text.startswith(f"{path}: "):
+        text = f"{'stdin' if path == '-' else path}: {text}"
     say(f"codec: {text}")
     if os.environ.get("NLC_DEBUG"):
         import traceback
@@ -240,13 +239,15 @@ def check_free(args: argparse.Namespace, target: str, source: str) -> None:
     if args.output_dir:
         os.makedirs(folder, exist_ok=True)
     if not os.path.isdir(folder):
-        raise FileNotFoundError(errno.ENOENT, "no such folder", folder)
+        raise FileNotFoundError(errno.ENOENT, "no such folder, and only -O makes one", folder)
     if not os.access(folder, os.W_OK):
         raise PermissionError(errno.EACCES, "no permission to write into this folder", folder)
 
 
 def read_bytes(name: str) -> bytes:
     if name == "-":
+        if sys.stdin is None:
+            raise UsageError("- reads from a pipe, but stdin is closed")
         return sys.stdin.buffer.read()
     with open(name, "rb") as file:
         return file.read()
@@ -280,10 +281,16 @@ def run_batch(args: argparse.Namespace, suffixes: set[str], work: Work, target: 
     plain = argparse.Namespace(**{k: v for k, v in vars(args).items() if k != "func"})
     context = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(jobs, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        with ProcessPoolExecutor(jobs, context, _start_worker) as pool:
             return max(pool.map(_in_worker, [work] * len(names), [plain] * len(names), names))
     except BrokenProcessPool:
-        raise MemoryError from None
+        raise CodecError("a process was killed, probably because memory ran out; use fewer jobs (-j)") from None
+
+
+def _start_worker() -> None:
+    """Ctrl-C goes to all processes: those that wait for work shall stay silent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _leave_on_sigterm()
 
 
 def check_outputs(args: argparse.Namespace, names: list[str], target: Callable) -> None:
@@ -298,15 +305,17 @@ def check_outputs(args: argparse.Namespace, names: list[str], target: Callable) 
         raise UsageError("-c and --json would both write to stdout; use -o FILE")
     if to_stdout and args.rm:
         raise UsageError("--rm needs a file as result: nobody knows whether what goes to a pipe arrives")
-    seen: dict[str, str] = {}
-    for name in names if several else ():
-        other = seen.setdefault(os.path.normpath(target(args, name)), name)
-        if other is not name:
-            raise UsageError(f"{other} and {name} would both be written to {target(args, name)}; code them apart")
+    if several:
+        made: dict[str, str] = {}
+        for name in names:
+            result = os.path.normpath(target(args, name))
+            if result in made:
+                raise UsageError(f"{made[result]} and {name} would both be written to {result}; code them apart")
+            made[result] = name
 
 
 def _in_worker(work: Work, args: argparse.Namespace, name: str) -> int:
-    """One input in a process of its own. Ctrl-C reaches it only while it works, so that idle processes stay silent."""
+    """One input in a process of its own, which Ctrl-C stops."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return _guarded(work, args, name)
@@ -403,18 +412,20 @@ def encode_file(args: argparse.Namespace, name: str) -> None:
         "model": f"{codec.name}:{codec.preset}", "quality": level * 100 / LEVELS,
         "bytes": len(data), "bpp": len(data) * 8 / pixels,
     }  # fmt: skip
+    checked = ""
     if args.verify:
         trace: dict = {}
         decoded = decode_picture(codec, loads(data, limits), limits=limits, trace=trace)
         if trace != made[level][2]:
             raise CorruptStream(f"{name}: verification failed: the decoder finds other symbols than the encoder")
-        row["psnr"] = psnr_of(picture.pixels, decoded.pixels, picture.peak)
+        quality = psnr_of(picture.pixels, decoded.pixels, picture.peak)
+        checked = f", {quality:.2f} dB, verified"
+        row["psnr"] = quality if math.isfinite(quality) else None  # JSON knows no infinity
     row["seconds"] = round(time.perf_counter() - start, 3)
     with opened(target, args.force) as file:
         file.write(data)
     for note in picture.notes:
         say(f"codec: {name}: {note}")
-    checked = f", {row['psnr']:.2f} dB, verified" if args.verify else ""
     text = f"{picture.width}x{picture.height}, {len(data):,} bytes, {row['bpp']:.3f} bpp, quality {row['quality']:g}"
     report(args, row, f"{name} -> {target}: {text}{checked}, {row['seconds']:.2f} s")
     if args.rm and name != "-":
@@ -511,7 +522,7 @@ def info_file(args: argparse.Namespace, name: str) -> None:
             head, size = read_head(file), file.seek(0, os.SEEK_END)
     if size != head.file_size:
         warnings = [f"the file has {size:,} bytes where its head says {head.file_size:,}: cut short or not whole"]
-    row = describe_head(head) | {"file": name, "bytes": size, "warnings": warnings}
+    row = {"input": name} | describe_head(head) | {"bytes": size, "warnings": warnings}
     if "width" in row:
         row["bpp"] = size * 8 / (row["width"] * row["height"])
     if args.json:
@@ -537,7 +548,7 @@ def describe_head(head: Head) -> dict[str, Any]:
 
 def show_info(row: dict[str, Any], verified: bool) -> None:
     """The lines of ``codec info`` for a person."""
-    lines = [f"{row['file']}: {row['bytes']:,} bytes, {row['codec']}:{row['preset']}, model {row['model_id']}"]
+    lines = [f"{row['input']}: {row['bytes']:,} bytes, {row['codec']}:{row['preset']}, model {row['model_id']}"]
     counts: dict[str, list[int]] = {}
     for segment in row["segments"]:
         counts.setdefault(segment["name"], []).append(segment["bytes"])
@@ -650,6 +661,13 @@ def late(args: argparse.Namespace) -> int:
 # --- the parser -------------------------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line here as everywhere, not a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"codec: {clean(message)}; see `{self.prog} --help`\n")
+
+
 def _inputs(parser: argparse.ArgumentParser, verb: str) -> None:
     parser.add_argument("files", nargs="*", metavar="FILE", help=f"what to {verb}; - reads from a pipe")
     group = parser.add_argument_group("input and work")
@@ -736,7 +754,7 @@ def _decode_options(p: argparse.ArgumentParser) -> None:
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser. ``command`` tells which sub-command will run: only its options may need heavy modules."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="codec",
         description="Learned compression of pictures: encode, decode, measure, train.",
         epilog="`codec COMMAND --help` tells more.\n\n" + EXIT_CODES,
@@ -796,10 +814,18 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+def _leave_on_sigterm() -> None:
+    """Let SIGTERM end the process through its ``finally`` blocks, so that no partial file stays."""
+    with contextlib.suppress(ValueError):  # not in the main thread: the caller's affair
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
 def _quiet_stdout() -> None:
     """Flush stdout now, and where that fails send the rest to nowhere: Python would complain at exit."""
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -811,9 +837,7 @@ def main(argv: list[str] | None = None) -> int:
     if "--debug" in argv[: argv.index("--") if "--" in argv else None]:
         argv.remove("--debug")
         os.environ["NLC_DEBUG"] = "1"  # the environment also reaches the processes of -j
-    with contextlib.suppress(ValueError):  # not in the main thread: the caller's affair
-        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave by the door, so that partial files go
+    _leave_on_sigterm()
     try:
         args = build_parser(argv[0] if argv else None).parse_args(argv)
         return args.func(args)

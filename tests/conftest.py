@@ -32,7 +32,7 @@ def codec():
 
 
 class Command:
-    """Runs ``codec`` as a process with the test model as default."""
+    """Runs ``codec`` as a process."""
 
     def __call__(self, *args: object, stdin: bytes | None = None, env: dict | None = None, **kw) -> subprocess.CompletedProcess:
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
