@@ -242,7 +242,7 @@ def test_removal_of_inputs(codec_run, photo, tmp_path):
         (["encode", "photo.png", "photo.nlc", "-c"], "-c writes one result, but there are several inputs"),
         (["encode"], "no input files"),
         (["encode", *MODEL, "photo.png", "-f", "--tile", "100"], "--tile must be a multiple of 64, not 100"),
-        (["decode", "photo.nlc", "--roi", "140,0,20,20"], "--roi 140,0,20,20 does not lie in the picture of 150x100"),
+        (["decode", "photo.nlc", "-f", "--roi", "140,0,20,20"], "--roi 140,0,20,20 does not lie in the picture of 150x100"),
     ],
 )
 def test_calls_that_make_no_sense(codec_run, photo, stream, args, text, tmp_path):
