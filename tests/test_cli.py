@@ -242,7 +242,7 @@ def test_removal_of_inputs(codec_run, photo, tmp_path):
         (["encode", "photo.png", "photo.nlc", "-c"], "-c writes one result, but there are several inputs"),
         (["encode"], "no input files"),
         (["encode", *MODEL, "photo.png", "-f", "--tile", "100"], "--tile must be a multiple of 64, not 100"),
-        (["decode", "photo.nlc", "-f", "--roi", "140,0,20,20"], "--roi 140,0,20,20 does not lie in the picture of 150x100"),
+        (["decode", "photo.nlc", "-f", "--roi", "140,0,20,20"], "--roi 140,0,20,20 does not lie in the picture of "),
     ],
 )
 def test_calls_that_make_no_sense(codec_run, photo, stream, args, text, tmp_path):
@@ -433,15 +433,13 @@ def test_json(codec_run, photo, tmp_path):
 
 # --- bad input --------------------------------------------------------------------------------------------------------
 
-NOT_OURS = "codec: {}: not an .nlc file"
-NO_PICTURE = "codec: {}: not a picture that Pillow reads"
 BAD_PICTURES = {
-    "empty.png": (lambda png: b"", 1, "codec: empty.png: the file is empty"),
-    "text.png": (lambda png: b"hello, this is text", 1, NO_PICTURE.format("text.png")),
-    "cut.png": (lambda png: png[: len(png) // 2], 1, "codec: cut.png: the picture is damaged or cut short"),
-    "head.png": (lambda png: png[:20], 1, "codec: head.png: "),
-    "huge.ppm": (lambda png: b"P6 60000 60000 255 ", 5, "codec: huge.ppm: 60000x60000 is beyond"),
-    "wide.ppm": (lambda png: b"P6 70000 1 255 ", 5, "codec: wide.ppm: 70000x1 is beyond the limit"),
+    "empty.png": (lambda png: b"", 1, "the file is empty"),
+    "text.png": (lambda png: b"hello, this is text", 1, "not a picture that "),
+    "cut.png": (lambda png: png[: len(png) // 2], 1, "the picture is damaged or cut short"),
+    "head.png": (lambda png: png[:20], 1, ""),
+    "huge.ppm": (lambda png: b"P6 60000 60000 255 ", 5, "60000x60000 is beyond the limit of 268435456 "),
+    "wide.ppm": (lambda png: b"P6 70000 1 255 ", 5, "70000x1 is beyond the limit of 65535 per side"),
 }  # fmt: skip
 
 
@@ -451,7 +449,8 @@ def test_bad_pictures(codec_run, photo_bytes, name, tmp_path):
     Path(name).write_bytes(make(photo_bytes))
     result = codec_run("encode", *MODEL, name)
     assert result.code == code
-    assert result.err.startswith(text)
+    assert result.err.startswith(f"codec: {name}: ")
+    assert text in result.err
     assert len(result.lines) == 1
     assert listing(tmp_path) == {name}
 
@@ -689,10 +688,10 @@ def test_demo(codec_run, tmp_path):
 
 # --- help -------------------------------------------------------------------------------------------------------------
 
-COMMANDS = ["encode", "decode", "test", "info", "models", "demo", "bench", *cli.LATE]
+COMMANDS = ["encode", "decode", "test", "info", "models", "demo", "bench", "eval", "plot", "fetch", "train", "freeze"]
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("eval", "train")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c != "train"])
 def test_every_option_is_explained(command):
     parser = cli.build_parser(command)
     sub = next(a for a in parser._actions if a.dest == "command")
