@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -291,6 +292,7 @@ def _start_worker() -> None:
     """Ctrl-C goes to all processes: those that wait for work shall stay silent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _leave_on_sigterm()
+    _hush()
 
 
 def check_outputs(args: argparse.Namespace, names: list[str], target: Callable) -> None:
@@ -511,18 +513,18 @@ def info(args: argparse.Namespace) -> int:
 
 def info_file(args: argparse.Namespace, name: str) -> None:
     """What a file says of itself. Reads the head only, unless --verify. CorruptStream, once shown, for a cut file."""
-    warnings: list[str] = []
+    notes: list[str] = []
     if args.verify or name == "-":
         data = read_bytes(name)
         if args.verify:
-            warnings = loads(data).warnings
+            notes = loads(data).warnings
         head, size = read_head(io.BytesIO(data)), len(data)
     else:
         with open(name, "rb") as file:
             head, size = read_head(file), file.seek(0, os.SEEK_END)
     if size != head.file_size:
-        warnings = [f"the file has {size:,} bytes where its head says {head.file_size:,}: cut short or not whole"]
-    row = {"input": name} | describe_head(head) | {"bytes": size, "warnings": warnings}
+        notes = [f"the file has {size:,} bytes where its head says {head.file_size:,}: cut short or not whole"]
+    row = {"input": name} | describe_head(head) | {"bytes": size, "warnings": notes}
     if "width" in row:
         row["bpp"] = size * 8 / (row["width"] * row["height"])
     if args.json:
@@ -530,7 +532,7 @@ def info_file(args: argparse.Namespace, name: str) -> None:
     else:
         show_info(row, args.verify)
     if size != head.file_size:
-        raise CorruptStream(warnings[0])
+        raise CorruptStream(notes[0])
 
 
 def describe_head(head: Head) -> dict[str, Any]:
@@ -648,7 +650,6 @@ def bench(args: argparse.Namespace) -> int:
 
 # commands whose options live beside their work, so that torch is loaded only for them
 LATE = {
-    "eval": (".eval.run", "rate and quality of models and peers over a folder of pictures"),
     "train": (".train.loop", "train a codec"),
     "freeze": (".train.freeze", "turn a checkpoint into a weights file"),
 }
@@ -807,6 +808,9 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     p.add_argument("--threads", type=count_of(1), metavar="N", help="threads (default: all cores)")
     p.add_argument("--json", action="store_true", help="the figures as JSON on stdout")
 
+    from .eval.cli import add_parsers
+
+    add_parsers(sub)
     for name, (module, text) in LATE.items():
         p = verb(name, text, text[0].upper() + text[1:] + ".", late)
         if command == name:
@@ -819,6 +823,12 @@ def _leave_on_sigterm() -> None:
     with contextlib.suppress(ValueError):  # not in the main thread: the caller's affair
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
+def _hush() -> None:
+    """What libraries warn of is for their programmers, not for the user of this command."""
+    if not os.environ.get("NLC_DEBUG"):
+        warnings.simplefilter("ignore")
 
 
 def _quiet_stdout() -> None:
@@ -838,6 +848,7 @@ def main(argv: list[str] | None = None) -> int:
         argv.remove("--debug")
         os.environ["NLC_DEBUG"] = "1"  # the environment also reaches the processes of -j
     _leave_on_sigterm()
+    _hush()
     try:
         args = build_parser(argv[0] if argv else None).parse_args(argv)
         return args.func(args)

@@ -14,6 +14,7 @@ import numpy as np
 
 PRECISION = 24
 TOTAL = 1 << PRECISION
+OFFSET_MAX = 1 << 20  # keeps all values of the coder within 32 bits
 ESCAPE_BITS = 25  # sign and 24 bits of magnitude follow an escape
 
 
@@ -34,6 +35,8 @@ class Tables:
             raise ValueError("tables: lengths, offsets and widths do not fit each other")
         if self.lengths.min() < 2 or self.widths.min() < 1:
             raise ValueError("tables: a row needs two symbols, a symbol a width of at least 1")
+        if self.offsets.min() < -OFFSET_MAX or self.offsets.max() > OFFSET_MAX:
+            raise ValueError(f"tables: an offset lies outside of +-{OFFSET_MAX}")
         if (np.add.reduceat(self.widths.astype(np.int64), ends - self.lengths) != TOTAL).any():
             raise ValueError(f"tables: the widths of a row must sum to {TOTAL}")
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..codecs.image import psnr_of as psnr_rgb
 
 __all__ = [
-    "METRICS", "decibel", "ms_ssim", "ms_ssim_reduced", "ms_ssim_tensor", "mse_rgb", "psnr_pooled", "psnr_rgb", "psnr_y",
+    "METRICS", "decibel", "ms_ssim", "ms_ssim_reduced", "ms_ssim_tensor", "mse_rgb", "psnr_pooled", "psnr_rgb",
+    "psnr_y",
 ]  # fmt: skip
 
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)

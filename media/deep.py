@@ -131,7 +131,7 @@ def write_png(target: BinaryIO, pixels: np.ndarray, alpha: np.ndarray | None, ch
     put(b"IHDR", struct.pack(">IIBBBBB", w, h, 16, colour, 0, 0, 0))
     for name, body in chunks.items():
         put(name, body)
-    deflate = zlib.compressobj(6)
+    deflate = zlib.compressobj(3)  # higher levels gain 2 % on filtered 16-bit rows and can take ten times as long
     above = np.zeros((w, 2 * _SAMPLES[colour]), np.int16)
     for y in range(0, h, BAND):
         part = pixels[y : y + BAND]

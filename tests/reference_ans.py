@@ -10,7 +10,11 @@ PRECISION = 24
 class ReferenceDecoder:
     """ANS with 32-bit words and a 64-bit state, decoding from the end of the payload."""
 
+    SENTINEL = 0xA5C
+    UNIFORM = [1 << PRECISION - 12] * 4096
+
     def __init__(self, payload: bytes):
+        payload += bytes(-len(payload) % 4)
         self.words = [int.from_bytes(payload[i : i + 4], "little") for i in range(0, len(payload), 4)]
         self.state = 0
         for _ in range(2):
@@ -29,8 +33,9 @@ class ReferenceDecoder:
             self.state = self.state << 32 | self.words.pop()
         return symbol
 
-    def empty(self) -> bool:
-        return self.state == 0 and not self.words
+    def at_end(self) -> bool:
+        """Whether what is left is the sentinel and nothing else; consumes it."""
+        return self.symbol(self.UNIFORM) == self.SENTINEL and self.state == 0 and not self.words
 
     def values(self, indexes: Sequence[int], rows: Sequence[Sequence[int]], offsets: Sequence[int]) -> list[int]:
         """One ``put``: groups of equal row in increasing order, then the escapes of all groups."""
@@ -43,10 +48,9 @@ class ReferenceDecoder:
             result[i] = symbol + offsets[row]
             if symbol == len(rows[row]) - 1:
                 escaped.append(i)
-        uniform = [1 << PRECISION - 12] * 4096
         signs = [self.symbol([1 << 23, 1 << 23]) for _ in escaped]
-        high = [self.symbol(uniform) for _ in escaped]
-        low = [self.symbol(uniform) for _ in escaped]
+        high = [self.symbol(self.UNIFORM) for _ in escaped]
+        low = [self.symbol(self.UNIFORM) for _ in escaped]
         for i, sign, h, lo in zip(escaped, signs, high, low):
             magnitude = h << 12 | lo
             first = offsets[indexes[i]]

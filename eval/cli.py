@@ -1,0 +1,83 @@
+"""Options of the measuring commands. Nothing heavy is imported before one of them runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+
+COMMANDS = {
+    "eval": (".run", "rate and quality of models and peers over a set of pictures"),
+    "plot": (".plot", "draw the results of eval"),
+    "fetch": ("..datasets.fetch", "download data sets, or list them"),
+}
+METRICS = ("psnr", "psnr_y", "ms_ssim")
+
+
+def add_parsers(sub: argparse._SubParsersAction) -> None:
+    """Register ``eval``, ``plot`` and ``fetch``; each sets ``func``."""
+    options = {"eval": eval_arguments, "plot": plot_arguments, "fetch": fetch_arguments}
+    for name, (module, text) in COMMANDS.items():
+        parser = sub.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        options[name](parser)
+        parser.set_defaults(func=_late(module))
+
+
+def _late(module: str):
+    def run(args: argparse.Namespace) -> int:
+        return importlib.import_module(module, __package__).main(args)
+
+    return run
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.set_defaults(bars=True)
+
+
+def eval_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``codec eval``."""
+    add = parser.add_argument
+    add("folder", nargs="?", metavar="DATASET", help="the same as --dataset")
+    add("--dataset", metavar="NAME|DIR", help="kodak, clic2020-professional, tecnick, ..., NAME:SPLIT, or a folder")
+    add("--codec", nargs="*", default=[], metavar="MODEL", help="our models, for example hyperprior:light")
+    add("--peers", nargs="*", default=[], metavar="PEER",
+        help="jpeg, jpeg-444, webp, avif, jxl, jpeg2000, or module:Class of your own")  # fmt: skip
+    add("--qualities", nargs="*", type=float, default=[0.0, 12.0, 25.0, 40.0, 55.0, 70.0, 85.0, 100.0], metavar="Q",
+        help="qualities 0..100 of our models (default %(default)s)")  # fmt: skip
+    add("--metrics", nargs="*", default=list(METRICS), metavar="METRIC",
+        help="psnr, psnr_y, ms_ssim, ms_ssim_reduced (default the first three)")  # fmt: skip
+    add("--anchor", default="auto",
+        help="what BD-rates are against: a published curve of the data set (vtm), a codec of this run, the JSON file of "
+             "an earlier one, or auto: vtm where it is published, else the first peer")  # fmt: skip
+    add("--out", type=Path, default=Path("eval-results"), metavar="DIR",
+        help="folder of the results (default %(default)s); a second run goes on there")  # fmt: skip
+    add("-j", "--jobs", type=int, default=1, metavar="N", help="pictures at once; 0 means one per core (default 1)")
+    add("--threads", type=int, metavar="N", help="threads of each process (default: cores / jobs)")
+    add("--report", type=Path, metavar="FILE", help="also write a page (HTML, one file) with tables, plots, pictures")
+    add("--card", action="store_true", help="write the result into the cards of our models")
+    add("--json", action="store_true", help="the summary as JSON on stdout")
+    _common(parser)
+
+
+def plot_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``codec plot``."""
+    add = parser.add_argument
+    add("results", nargs="+", type=Path, metavar="DIR|FILE", help="folders or JSON files that eval wrote")
+    add("--out", "-o", type=Path, default=Path("plot.svg"), metavar="FILE",
+        help="picture to write, by its suffix svg, pdf or png (default %(default)s)")  # fmt: skip
+    add("--what", choices=("rd", "rd-ms-ssim", "speed"), default="rd",
+        help="rd: PSNR against rate; rd-ms-ssim: MS-SSIM; speed: BD-rate against decode time (default rd)")  # fmt: skip
+    add("--published", nargs="*", metavar="CURVE",
+        help="published curves to draw dashed (default: some of the data set's; none with an empty list)")  # fmt: skip
+    add("--title", help="title of the plot")
+
+
+def fetch_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``codec fetch``."""
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help="data sets; without any, the known ones are listed")
+    add("--root", metavar="DIR", help="folder of all data sets (default $NEURALCODEC_DATA, ~/.cache/neuralcodec/data)")
+    add("--verify", action="store_true", help="download nothing, check what is there")
+    add("--keep-archives", action="store_true", help="leave archives in place after unpacking them")
+    _common(parser)
