@@ -69,6 +69,8 @@ class ImageCodec(Codec):
     tile_multiple: int = 64
     analysis_margin: int = 64
     synthesis_margin: int = 4
+    whole_tiles: bool = False
+    """Whether the synthesis sees more than its margin (windows, scans): then a region is cut out of whole tiles."""
 
     def forward(self, x: Tensor, level: Tensor) -> Outputs:
         """Training: x (B, 3, h, w) in [0, 1], level (B,) real in 0..1000."""
@@ -92,6 +94,14 @@ class ImageCodec(Codec):
         """y -> (payload, y^), exactly."""
         raise NotImplementedError
 
+    def estimate_bits(self, y: Tensor, level: int) -> float:
+        """Bits that the integer tables charge for y, to be held against the bytes of ``encode_latent``.
+
+        For codecs whose ``latent`` has the shared entropy model's methods; others override it.
+        """
+        latent: Any = self.latent
+        return latent.ideal_bits(y, latent.analyse_hyper(y, level), level)
+
     def decode_latent(self, payload: bytes, hl: int, wl: int, level: int) -> Tensor:
         """payload -> y^ (1, M, hl, wl), bit for bit the encoder's. CorruptStream on damage."""
         raise NotImplementedError
@@ -101,25 +111,61 @@ class ImageCodec(Codec):
         raise NotImplementedError
 
 
+class LatentCodec(ImageCodec):
+    """An image codec of three parts: ``g_a(x, level)``, ``g_s(y^, level)``, and ``latent``, a ContextHyperprior.
+
+    Subclasses make these in ``__init__`` and set the margins.
+    """
+
+    g_a: nn.Module
+    g_s: nn.Module
+    latent: Any
+
+    def forward(self, x: Tensor, level: Tensor) -> Outputs:
+        y_hat, y_bits, z_bits = self.latent(self.g_a(x, level), level)
+        return Outputs(self.g_s(y_hat, level), {"y": y_bits, "z": z_bits})
+
+    def analyse(self, x: Tensor, level: int) -> Tensor:
+        return self.g_a(x, torch.tensor([float(level)], device=x.device))
+
+    def synthesise(self, y_hat: Tensor, level: int) -> Tensor:
+        return self.g_s(y_hat, torch.tensor([float(level)], device=y_hat.device))
+
+    def encode_latent(self, y: Tensor, level: int) -> tuple[bytes, Tensor]:
+        return self.latent.compress(y, self.latent.analyse_hyper(y, level), level)
+
+    def decode_latent(self, payload: bytes, hl: int, wl: int, level: int) -> Tensor:
+        return self.latent.decompress(payload, hl, wl, level)
+
+    def kmac_per_pixel(self) -> dict[str, float]:
+        side, level = 256, torch.tensor([500.0])
+        y = torch.zeros(1, self.config.latent.channels, side // self.stride, side // self.stride)
+        counts = {
+            "g_a": macs(self.g_a, torch.zeros(1, 3, side, side), level),
+            "entropy": macs(self.latent, y, level),
+            "g_s": macs(self.g_s, y, level),
+        }
+        return {part: round(count / side**2 / 1000, 2) for part, count in counts.items()}
+
+    def tables(self) -> dict[str, Tables]:
+        return {"z": self.latent.z_tables, "y": self.latent.y_tables}
+
+    def set_tables(self, tables: dict[str, Tables]) -> None:
+        self.latent.set_tables(tables["z"], tables["y"])
+
+
 def count_parameters(module: nn.Module) -> int:
     """Number of trained scalars."""
     return sum(p.numel() for p in module.parameters())
 
 
 def macs(module: nn.Module, *args: Any) -> int:
-    """Multiply-adds of the convolutions and linear layers in one call of ``module(*args)``."""
-    total = 0
+    """Multiply-adds of the convolutions and matrix products (attention included) in one call of ``module(*args)``.
 
-    def hook(layer: nn.Module, _: Any, out: Any) -> None:
-        nonlocal total
-        total += out.numel() * layer.weight[0].numel()
+    Elementwise work, a selective scan for example, is not counted.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
 
-    layers = (nn.Conv2d, nn.Linear)
-    handles = [m.register_forward_hook(hook) for m in module.modules() if isinstance(m, layers)]
-    try:
-        with torch.no_grad():
-            module(*args)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return total
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(*args)
+    return counter.get_total_flops() // 2
