@@ -52,7 +52,7 @@ class Codec(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def from_preset(cls, preset: str) -> "Codec":
+    def from_preset(cls, preset: str) -> Codec:
         """A fresh, untrained codec. KeyError for an unknown preset."""
         return cls(cls.presets[preset], preset)
 

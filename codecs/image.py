@@ -223,8 +223,9 @@ def _synthesise(codec: ImageCodec, layout: Layout, latent: Callable[[int, int], 
     tx0, ty0, tx1, ty1 = layout.box(column, row)
     x0, y0, x1, y1 = max(box[0], tx0), max(box[1], ty0), min(box[2], tx1), min(box[3], ty1)
     # cells that these pixels need, with their margin
-    cx0, cy0 = max(x0 // s - m, 0), max(y0 // s - m, 0)
-    cx1, cy1 = min(-(-x1 // s) + m, pw), min(-(-y1 // s) + m, ph)
+    nx0, ny0, nx1, ny1 = (tx0, ty0, tx1, ty1) if codec.whole_tiles else (x0, y0, x1, y1)
+    cx0, cy0 = max(nx0 // s - m, 0), max(ny0 // s - m, 0)
+    cx1, cy1 = min(-(-nx1 // s) + m, pw), min(-(-ny1 // s) + m, ph)
     strips = []
     for r in range(cy0 // t, (cy1 - 1) // t + 1):
         pieces = []

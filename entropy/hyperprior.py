@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,13 +27,13 @@ from ..container.errors import CorruptStream
 from ..nn.blocks import LevelAffine, knot_weights
 from .coder import Decoder, Encoder
 from .context.checkerboard import anchor_mask, positions
-from .exact import ACT_FRAC, ACT_MAX, ExactConv2d, ExactReLU, Freezable, Grid, cat, hardtanh, pixel_shuffle, shift_round
+from .context.slices import ConvSlice, SliceModel
+from .exact import ACT_FRAC, ACT_MAX, ExactConv2d, ExactReLU, Freezable, Grid, bounded, pixel_shuffle, shift_round
 from .factorized import FactorizedPrior
-from .gaussian import SCALE_CLASSES, SCALE_MIN, SCALE_STEP, gaussian_likelihood, gaussian_tables
+from .gaussian import SCALE_CLASSES, SCALE_MIN, SCALE_STEP, gaussian_likelihood, student_tables
+from .levels import LevelBias, interpolate
 from .tables import Tables
 
-SCALE_GAIN = 8  # one unit of the trunk's scale output is eight rows of the scale table
-INIT_SIGMA = 0.3
 GAIN_KNOTS = 33  # knots of the frozen gain tables, linear in the step size between them
 STEP_FRAC = 20  # grid of the frozen step sizes 1/gain
 STEP_MAX = 1 << 24
@@ -41,18 +42,11 @@ HYPER_MAX = 127  # |z|; what the activation grid holds
 
 
 @dataclass(frozen=True)
-class LatentConfig:
-    """Widths of the entropy model of y (B, sum(slices), H/16, W/16)."""
+class LatentBase:
+    """What every entropy model of y (B, sum(slices), H/16, W/16) has."""
 
     slices: tuple[int, ...]  # channels of each slice of y
     hyper: int  # channels of z
-    width: int  # hidden width of h_a and h_s
-    features: int  # channels that h_s hands to the slices
-    context: int  # width of the context layer of a slice
-    trunk: int  # width of its second layer
-    squeeze: int  # channels to which everything known is reduced before the context convolution
-    residual: int  # hidden width of the latent residual prediction
-    kernel: int = 3  # side of the context convolution
     knots: int = 9  # learned vectors over the quality range
     levels: int = 1000
     lambda_low: float = 0.0008
@@ -63,103 +57,52 @@ class LatentConfig:
         return sum(self.slices)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LatentConfig(LatentBase):
+    """Widths of the entropy model of the control codec."""
+
+    width: int  # hidden width of h_a and h_s
+    features: int  # channels that h_s hands to the slices
+    context: int  # width of the context layer of a slice
+    trunk: int  # width of its second layer
+    squeeze: int  # channels to which everything known is reduced before the context convolution
+    residual: int  # hidden width of the latent residual prediction
+    kernel: int = 3  # side of the context convolution
+
+
 def round_ste(v: Tensor) -> Tensor:
     """round(v) with the identity as gradient."""
     return v + (torch.round(v) - v).detach()
 
 
-def interpolate(table: Tensor, level: int, levels: int) -> Tensor:
-    """Integers (C,) at ``level`` 0..levels from an integer table (knots, C), linear between knots, halves upwards."""
-    position = level * (len(table) - 1)
-    k = min(position // levels, len(table) - 2)
-    r = position - k * levels
-    blend = table[k].long() * (levels - r) + table[k + 1].long() * r
-    return torch.div(blend + levels // 2, levels, rounding_mode="floor")
-
-
-class LevelBias(Freezable):
-    """A vector (channels,) that depends on the level, linear between learned knots."""
-
-    _frozen_names = ("table_q",)
-
-    def __init__(self, channels: int, cfg: LatentConfig):
-        super().__init__()
-        self.levels = cfg.levels
-        self.table = nn.Parameter(torch.zeros(cfg.knots, channels))
-
-    def _float_names(self) -> tuple[str, ...]:
-        return ("table",)
-
-    def _freeze(self) -> dict[str, Tensor]:
-        return {"table_q": torch.round(self.table * 2**ACT_FRAC).clamp(-ACT_MAX, ACT_MAX).to(torch.int32)}
-
-    def forward(self, level: Tensor | int) -> Tensor | Grid:
-        """level (B,) -> (B, channels, 1, 1); an integer level, once frozen -> grid (1, channels, 1)."""
-        if isinstance(level, int):
-            return Grid(interpolate(self.table_q, level, self.levels).double()[None, :, None])
-        return (knot_weights(level, len(self.table), self.levels) @ self.table)[:, :, None, None]
-
-
-class SliceModel(nn.Module):
-    """Mean, scale and residual prediction of one slice, given hyper features and what is known of y."""
-
-    def __init__(self, known: int, channels: int, cfg: LatentConfig):
-        super().__init__()
-        self.channels = channels
-        self.squeeze = ExactConv2d(known + channels, cfg.squeeze, 1)
-        self.context = ExactConv2d(cfg.squeeze, cfg.context, cfg.kernel)
-        self.hyper = ExactConv2d(cfg.features, cfg.context, 1)
-        self.bias = nn.ModuleList(LevelBias(cfg.context, cfg) for _ in range(2))
-        self.trunk = ExactConv2d(cfg.context, cfg.trunk, 1)
-        self.head = ExactConv2d(cfg.trunk, 2 * channels, 1)
-        self.lrp_in = ExactConv2d(cfg.trunk + channels, cfg.residual, 1)
-        self.lrp_out = ExactConv2d(cfg.residual, channels, 1)
-        self.relu = ExactReLU()
-        with torch.no_grad():
-            self.head.weight.mul_(0.3)
-            self.head.bias.zero_()
-            self.head.bias[channels:] = math.log(INIT_SIGMA / SCALE_MIN) / SCALE_STEP / SCALE_GAIN
-            self.lrp_out.weight.mul_(0.1)
-
-    def parameters_at(self, known: Tensor, hyper: Tensor, half: int, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(trunk, mu, s) for all positions of the grid; ``half`` 0 for anchors, 1 for the others."""
-        t = self.relu(self.context(self.squeeze(known)) + hyper + self.bias[half](level))
-        t = self.relu(self.trunk(t))
-        mu, s = self.head(t).split(self.channels, 1)
-        return t, mu, s * SCALE_GAIN
-
-    def residual(self, trunk: Tensor, q: Tensor) -> Tensor:
-        """Correction in steps, -0.5..0.5, of the values that were coded as q."""
-        t = self.relu(self.lrp_in(torch.cat([trunk, q.clamp(-8, 8)], 1)))
-        return 0.5 * hardtanh(self.lrp_out(t))
-
-    def exact_parameters_at(self, known: Grid, hyper: Grid, half: int, level: int, where: Tensor) -> tuple[Grid, Grid, Grid]:
-        """``parameters_at`` on grids and at the flat positions ``where`` (n,) only: three grids (1, ., n).
-
-        In the first pass ``known`` lacks the channels of this slice: they are zero.
-        """
-        h, w = known.shape[2:]
-        squeezed = Grid(self.squeeze.gather(known, channels=slice(0, known.shape[1])).q.reshape(1, -1, h, w))
-        t = self.context.gather(squeezed, where) + hyper[:, :, where] + self.bias[half](level)
-        t = self.relu(self.trunk(self.relu(t.clamp())))
-        out = self.head(t)
-        return t, out[:, : self.channels], Grid(out.q[:, self.channels :] * SCALE_GAIN)
-
-    def exact_residual(self, trunk: Grid, q: Tensor) -> Grid:
-        """``residual`` on grids; q (1, channels, n) integers. The result is on the grid of half the usual step."""
-        clipped = Grid(q.clamp(-8, 8) * 2.0**ACT_FRAC)
-        r = hardtanh(self.lrp_out(self.relu(self.lrp_in(cat([trunk, clipped])))))
-        return Grid(r.q, ACT_FRAC + 1)
-
-
 class ContextHyperprior(Freezable):
-    """Entropy model of a latent y: ``forward`` for training; ``compress``/``decompress`` after ``freeze``."""
+    """Entropy model of a latent y: ``forward`` for training; ``compress``/``decompress`` after ``freeze``.
+
+    A codec with other nets in these places subclasses it: ``_build_hyper``, ``hyper_analysis`` and ``hyper_synthesis`` for
+    the way y -> z -> features, ``slice_model`` for what predicts a slice. Gains, noise, rounding, the order of coding and the
+    arithmetic of the reconstruction are the same for all.
+    """
 
     _frozen_names = ("step_q", "offset_q")
+    slice_model: type[SliceModel] = ConvSlice  # made as slice_model(channels known before, channels, cfg)
 
-    def __init__(self, cfg: LatentConfig):
+    def __init__(self, cfg: Any):
         super().__init__()
         self.cfg = cfg
+        self._build_hyper(cfg)
+        self.prior = FactorizedPrior(cfg.hyper)
+        self.rounded_rate = False  # training only: take the rate of y at rounded symbols instead of noisy ones
+        self.models = nn.ModuleList()
+        known = 0
+        for channels in cfg.slices:
+            self.models.append(self.slice_model(known, channels, cfg))
+            known += channels
+        # log gain: quantisation in a good transform follows sqrt(lambda); 8 steps per unit at lambda 0.01 to start
+        lam = torch.linspace(math.log(cfg.lambda_low), math.log(cfg.lambda_high), cfg.knots)
+        start = math.log(8) + 0.5 * (lam - math.log(0.01))
+        self.log_gain = nn.Parameter(start[:, None].repeat(1, cfg.channels))
+
+    def _build_hyper(self, cfg: Any) -> None:
         m, w = cfg.channels, cfg.width
         self.h_a_level = LevelAffine(m, cfg.knots, cfg.levels)
         self.h_a = nn.Sequential(
@@ -168,28 +111,25 @@ class ContextHyperprior(Freezable):
             nn.Conv2d(w, cfg.hyper, 3, stride=2, padding=1),
         )  # fmt: skip
         self.z_gain = LevelAffine(cfg.hyper, cfg.knots, cfg.levels)
-        self.prior = FactorizedPrior(cfg.hyper)
         self.h_s1 = ExactConv2d(cfg.hyper, 4 * w, 1)
-        self.h_s_bias = LevelBias(w, cfg)
+        self.h_s_bias = LevelBias(w, cfg.knots, cfg.levels)
         self.h_s2 = ExactConv2d(w, w, 3, padding=1)
         self.h_s3 = ExactConv2d(w, 4 * cfg.features, 1)
         self.relu = ExactReLU()
-        self.rounded_rate = False  # training only: take the rate of y at rounded symbols instead of noisy ones
-        self.models = nn.ModuleList()
-        known = 0
-        for channels in cfg.slices:
-            self.models.append(SliceModel(known, channels, cfg))
-            known += channels
-        # log gain: quantisation in a good transform follows sqrt(lambda); 8 steps per unit at lambda 0.01 to start
-        lam = torch.linspace(math.log(cfg.lambda_low), math.log(cfg.lambda_high), cfg.knots)
-        start = math.log(8) + 0.5 * (lam - math.log(0.01))
-        self.log_gain = nn.Parameter(start[:, None].repeat(1, m))
         with torch.no_grad():
             self.h_a[-1].weight.mul_(4)
 
-    def synthesise_hyper(self, z_hat: Tensor, level: Tensor) -> Tensor:
+    def encoder_parts(self) -> list[nn.Module]:
+        """Modules that only the encoder runs: they rest in hard stages of the training."""
+        return [self.h_a, self.h_a_level, self.z_gain]
+
+    def hyper_analysis(self, y: Tensor, level: Tensor) -> Tensor:
+        """y (B, M, h, w) -> z (B, hyper, h/4, w/4), not rounded."""
+        return self.z_gain(self.h_a(self.h_a_level(y, level)), level)
+
+    def hyper_synthesis(self, z_hat: Tensor | Grid, level: Tensor | int) -> Tensor | Grid:
         """z^ (B, hyper, h, w) -> features (B, features, 4h, 4w)."""
-        f = pixel_shuffle(self.h_s1(z_hat), 2) + self.h_s_bias(level)
+        f = bounded(pixel_shuffle(self.h_s1(z_hat), 2) + self.h_s_bias(level))
         f = self.relu(self.h_s2(self.relu(f)))
         return self.relu(pixel_shuffle(self.h_s3(f), 2))
 
@@ -200,21 +140,24 @@ class ContextHyperprior(Freezable):
         """
         cfg, batch = self.cfg, len(y)
         log_gain = (knot_weights(level, cfg.knots, cfg.levels) @ self.log_gain)[:, :, None, None]
-        z = self.z_gain(self.h_a(self.h_a_level(y, level)), level)
+        z = self.hyper_analysis(y, level)
         z_bits = -torch.log2(self.prior.likelihood(z + torch.rand_like(z) - 0.5)).reshape(batch, -1).sum(1)
-        f = self.synthesise_hyper(round_ste(z), level)
+        f = self.hyper_synthesis(round_ste(z), level)
         anchors = anchor_mask(*y.shape[2:], y.device)
         done: list[Tensor] = []
         rated, scales = [], []
         for model, target, slice_log_gain in zip(self.models, y.split(cfg.slices, 1), log_gain.split(cfg.slices, 1)):
-            gain, hyper = slice_log_gain.exp(), model.hyper(f)
-            current = torch.zeros_like(target)
+            gain = slice_log_gain.exp()
+            state = model.prepare(f, done, level)
+            current = None
             for half, mask in enumerate((anchors, 1 - anchors)):
-                t, mu, s = model.parameters_at(torch.cat([*done, current], 1), hyper, half, level)
+                t, mu, s = model.parameters_at(state, current, half, level, None)
                 v = (target - mu) * gain
                 q = round_ste(v)
-                value = mu + (q + model.residual(t, q)) / gain
-                current = current + value * mask
+                base = current if half else torch.zeros_like(target)
+                value = base + (mu + q / gain) * mask if model.spatial_residual else None
+                r = model.residual(state, t, q, value, half, None)
+                current = base + (mu + (q + r) / gain) * mask
                 symbol = q if self.rounded_rate else v + torch.rand_like(v) - 0.5
                 if half == 0:
                     first, first_s = symbol * mask, s * mask
@@ -237,7 +180,7 @@ class ContextHyperprior(Freezable):
         log_gain = (knot_weights(fine, cfg.knots, cfg.levels).double() @ self.log_gain.double().cpu())
         step = torch.round(torch.exp(-log_gain) * 2.0**STEP_FRAC).clamp(1, STEP_MAX)
         offset = torch.round(log_gain / SCALE_STEP * 2.0**ACT_FRAC)
-        self.set_tables(self.prior.tables(), gaussian_tables())
+        self.set_tables(self.prior.tables(), student_tables())
         return {"step_q": step.to(torch.int32), "offset_q": offset.to(torch.int32)}
 
     def set_tables(self, z: Tables, y: Tables) -> None:
@@ -246,52 +189,50 @@ class ContextHyperprior(Freezable):
             raise ValueError("the tables do not fit the entropy model")
         self.z_tables, self.y_tables, self.prior = z, y, None
 
-    def exact_hyper(self, z: Tensor, level: int) -> list[Grid]:
-        """Integers z (1, hyper, h, w) -> what h_s gives the first layer of each slice, grids (1, context, 16*h*w)."""
-        x = Grid(z.double() * 2.0**ACT_FRAC)
-        f = pixel_shuffle(self.h_s1(x), 2)
-        bias = self.h_s_bias(level)
-        f = self.h_s2(self.relu((f + bias[..., None]).clamp()))
-        f = self.relu(pixel_shuffle(self.h_s3(self.relu(f)), 2))
-        return [model.hyper.gather(f) for model in self.models]
-
     def _code(self, z: Tensor, level: int, symbols) -> Tensor:
         """The coding order, shared by both sides: y^ (1, M, 4h, 4w) float64 on the grid 2**-ACT_FRAC.
 
-        ``symbols(slice number, channels, positions, mu, step, index)`` gives the integers q (1, channels, n) of a pass:
+        ``symbols(channels, positions, mu, step, index)`` gives the integers q (1, channels, n) of a pass:
         the encoder makes and codes them, the decoder reads them.
         """
         cfg, device = self.cfg, z.device
         h, w = 4 * z.shape[2], 4 * z.shape[3]
-        hyper = self.exact_hyper(z, level)
+        features = self.hyper_synthesis(Grid(z.double() * 2.0**ACT_FRAC), level)
         step = interpolate(self.step_q, level, cfg.levels).double()[None, :, None]
         offset = interpolate(self.offset_q, level, cfg.levels).double()[None, :, None]
         y_hat = torch.zeros(1, cfg.channels, h * w, dtype=torch.float64, device=device)
+        done: list[Grid] = []
         first = 0
-        for number, (model, channels) in enumerate(zip(self.models, cfg.slices)):
+        for model, channels in zip(self.models, cfg.slices):
             mine = slice(first, first + channels)
+            state, current = model.prepare(features, done, level), Grid(y_hat[:, mine].reshape(1, -1, h, w))  # a view
             for half, where in enumerate(positions(h, w, device)):
                 if not len(where):
                     continue
-                known = Grid(y_hat[:, : first + channels * half].reshape(1, -1, h, w))
-                if first + channels * half == 0:  # nothing is known yet: one zero channel stands for that
-                    known = Grid(torch.zeros(1, 1, h, w, dtype=torch.float64, device=device))
-                t, mu, s = model.exact_parameters_at(known, hyper[number], half, level, where)
+                t, mu, s = model.parameters_at(state, current if half else None, half, level, where)
                 index = shift_round(s.q + offset[:, mine], ACT_FRAC).clamp(0, SCALE_CLASSES - 1)
                 q = symbols(mine, where, mu, step[:, mine], index)
-                r = model.exact_residual(t, q)
-                steps = Grid(q * 2.0**r.frac + r.q, r.frac)
-                value = mu + Grid(shift_round(steps.q * step[:, mine], r.frac + STEP_FRAC - ACT_FRAC))
-                y_hat[:, mine, where] = value.clamp().q
+                value = None
+                if model.spatial_residual:
+                    plain = y_hat[:, mine].clone()
+                    plain[:, :, where] = self._value(mu, Grid(q * 2.0**ACT_FRAC), step[:, mine])
+                    value = Grid(plain.reshape(1, -1, h, w))
+                r = model.residual(state, t, q, value, half, where)
+                y_hat[:, mine, where] = self._value(mu, Grid(q * 2.0**r.frac + r.q, r.frac), step[:, mine])
+            done.append(current)
             first += channels
         return y_hat.reshape(1, -1, h, w)
+
+    @staticmethod
+    def _value(mu: Grid, steps: Grid, step: Tensor) -> Tensor:
+        """mu + steps/gain as integers on the activation grid, clamped to its range."""
+        return (mu.q + shift_round(steps.q * step, steps.frac + STEP_FRAC - ACT_FRAC)).clamp(-ACT_MAX, ACT_MAX)
 
     @torch.no_grad()
     def analyse_hyper(self, y: Tensor, level: int) -> Tensor:
         """y (1, M, h, w) -> the integers z (1, hyper, h/4, w/4): the last float step of the encoder."""
         at = torch.tensor([float(level)], device=y.device)
-        z = self.z_gain(self.h_a(self.h_a_level(y, at)), at)
-        return torch.round(z).nan_to_num(0).clamp(-HYPER_MAX, HYPER_MAX)
+        return torch.round(self.hyper_analysis(y, at)).nan_to_num(0).clamp(-HYPER_MAX, HYPER_MAX)
 
     def compress(self, y: Tensor, z: Tensor, level: int) -> tuple[bytes, Tensor]:
         """y (1, M, h, w) float, h and w multiples of 4, and its z -> (payload, y^ of the same shape, float32).

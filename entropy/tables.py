@@ -65,7 +65,7 @@ class Tables:
         return {"widths": self.widths, "lengths": self.lengths, "offsets": self.offsets}
 
     @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Tables":
+    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Tables:
         """Inverse of ``to_arrays``; ValueError when the arrays are not valid tables."""
         return cls(*(np.ascontiguousarray(arrays[k], dtype=np.int32) for k in ("widths", "lengths", "offsets")))
 

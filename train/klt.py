@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..entropy.context.slices import SCALE_GAIN
 from ..entropy.gaussian import SCALE_MIN, SCALE_STEP
-from ..entropy.hyperprior import SCALE_GAIN
 from ..nn.blocks import ResidualBlock
 
 HIGH_RATE_GAIN = 50.0  # steps per unit at lambda 1: quantisation noise of 2.16 / lambda, see the rate-distortion slope

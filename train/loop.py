@@ -55,7 +55,7 @@ class Recipe:
     stages: list[dict[str, Any]] = field(default_factory=lambda: [{"until": 1.0, "crop": 128, "batch": 8}])
 
     @classmethod
-    def read(cls, path: Path | None, **overrides: Any) -> "Recipe":
+    def read(cls, path: Path | None, **overrides: Any) -> Recipe:
         """Recipe from a TOML file; ValueError for an unknown key."""
         values = tomllib.loads(Path(path).read_text()) if path else {}
         values.update({k: v for k, v in overrides.items() if v is not None})
@@ -126,7 +126,7 @@ def set_hard(codec: ImageCodec, hard: bool) -> None:
     What is left to train then sees exactly the numbers that a file will hold.
     """
     codec.latent.rounded_rate = hard
-    for module in (codec.g_a, codec.latent.h_a, codec.latent.h_a_level, codec.latent.z_gain):
+    for module in (codec.g_a, *codec.latent.encoder_parts()):
         module.requires_grad_(not hard)
 
 

@@ -1,0 +1,61 @@
+"""The fast skeleton of analysis and synthesis transforms: patches of 4x4 pixels, then H/4, H/8 and H/16.
+
+Nothing runs above H/4, where dense convolutions are slow on a CPU and learn little. The main path, from the pixels to y
+and back, is linear: re-sampling convolutions without activation, so that ``train.klt`` can start it at a Karhunen-Loeve
+transform, and every non-linearity sits in a residual block of the codec's own kind. Both sides see the quality level as an
+affine of the channels at H/8 (see ``blocks.LevelAffine``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .blocks import LevelAffine, ResidualBlock, Upsample
+
+Block = Callable[[int], nn.Module]
+"""Makes a residual block, (B, C, h, w) -> the same shape, for a number of channels C."""
+
+
+class PatchAnalysis(nn.Module):
+    """x (B, 3, H, W) -> y (B, M, H/16, W/16).
+
+    ``widths``: channels at H/4 and H/8; ``counts``: blocks at H/4, H/8 and H/16; ``latent`` a LatentBase.
+    """
+
+    def __init__(self, widths: tuple[int, int], counts: tuple[int, int, int], latent: Any, block: Block = ResidualBlock):
+        super().__init__()
+        (a, b), m, (n4, n8, n16) = widths, latent.channels, counts
+        self.patch = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(48, a, 3, padding=1))
+        self.at4 = nn.Sequential(*(block(a) for _ in range(n4)), nn.Conv2d(a, b, 3, stride=2, padding=1))
+        self.level = LevelAffine(b, latent.knots, latent.levels)
+        self.at8 = nn.Sequential(*(block(b) for _ in range(n8)), nn.Conv2d(b, m, 2, stride=2))
+        self.at16 = nn.Sequential(*(block(m) for _ in range(n16)))
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        return self.at16(self.at8(self.level(self.at4(self.patch(x - 0.5)), level)))
+
+
+class PatchSynthesis(nn.Module):
+    """y^ (B, M, H/16, W/16) -> x^ (B, 3, H, W). ``counts``: blocks at H/4, H/8 and H/16."""
+
+    def __init__(self, widths: tuple[int, int], counts: tuple[int, int, int], latent: Any, block: Block = ResidualBlock):
+        super().__init__()
+        (a, b), m, (n4, n8, n16) = widths, latent.channels, counts
+        self.at16 = nn.Sequential(*(block(m) for _ in range(n16)), Upsample(m, b))
+        self.level = LevelAffine(b, latent.knots, latent.levels)
+        self.at8 = nn.Sequential(*(block(b) for _ in range(n8)), Upsample(b, a))
+        self.at4 = nn.Sequential(*(block(a) for _ in range(n4)), Upsample(a, 3, 4, kernel=3))
+
+    def forward(self, y_hat: Tensor, level: Tensor) -> Tensor:
+        return self.at4(self.at8(self.level(self.at16(y_hat), level))) + 0.5
+
+
+def patch_margins(encoder: tuple[int, int, int], decoder: tuple[int, int, int], reach: int = 2) -> tuple[int, int]:
+    """(pixels, cells) that the two transforms see beyond a tile. ``reach``: of a block, in samples to every side."""
+    (e4, e8, e16), (d4, d8, d16) = encoder, decoder
+    pixels = 4 * (1 + reach * e4 + 1) + 8 * reach * e8 + 16 * reach * e16
+    return pixels, -(-(4 * (reach * d4 + 1) + 8 * reach * d8 + 16 * reach * d16) // 16)
+
