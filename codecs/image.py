@@ -202,7 +202,7 @@ def decode_picture(codec: ImageCodec, stream: Stream, *, roi: tuple[int, int, in
             progress(done + 1, len(tiles))
     alpha = None
     if (data := stream.get("alpha")) is not None:
-        alpha = decode_plane(data, info.height, info.width)[y : y + h, x : x + w]
+        alpha = decode_plane(data, info.height, info.width, info.depth)[y : y + h, x : x + w]
     extra = {name: _unpack(stream.get(name), limits, name, stream.warnings) for name in METADATA}
     return Picture(pixels, alpha, format=info.format, **extra)
 
@@ -243,34 +243,42 @@ def _synthesise(codec: ImageCodec, layout: Layout, latent: Callable[[int, int], 
 
 
 def encode_plane(plane: np.ndarray) -> bytes:
-    """Lossless bytes of an alpha plane (h, w) uint8: constant, or the best of three row filters under LZMA2."""
+    """Lossless bytes of an alpha plane (h, w) uint8 or uint16: constant, or the best of three row filters under LZMA2."""
     if plane.min() == plane.max():
-        return bytes([3, int(plane.flat[0])])
-    left = np.diff(plane, axis=1, prepend=np.uint8(0))
-    up = np.diff(plane, axis=0, prepend=np.uint8(0))
+        return bytes([3]) + int(plane.flat[0]).to_bytes(plane.itemsize, "little")
+    left = np.diff(plane, axis=1, prepend=plane.dtype.type(0))
+    up = np.diff(plane, axis=0, prepend=plane.dtype.type(0))
     packed = [
-        bytes([kind]) + lzma.compress(np.ascontiguousarray(p).tobytes(), lzma.FORMAT_RAW, filters=_LZMA)
+        bytes([kind]) + lzma.compress(_planes(p), lzma.FORMAT_RAW, filters=_LZMA)
         for kind, p in enumerate((plane, left, up))
     ]
     return min(packed, key=len)
 
 
-def decode_plane(data: bytes, h: int, w: int) -> np.ndarray:
-    """Inverse of ``encode_plane``. CorruptStream when the data does not hold exactly h*w bytes."""
+def _planes(plane: np.ndarray) -> bytes:
+    """Samples as bytes: of 16 bits all low bytes, then all high ones, of which neighbours are alike."""
+    samples = plane.astype(plane.dtype.newbyteorder("<")).reshape(-1, 1).view(np.uint8)
+    return np.ascontiguousarray(samples.T).tobytes()
+
+
+def decode_plane(data: bytes, h: int, w: int, depth: int = 8) -> np.ndarray:
+    """Inverse of ``encode_plane`` (h, w) of 8 or 16 bits. CorruptStream unless the data holds exactly h*w samples."""
+    size = depth // 8
     kind = data[0] if data else -1
-    if kind == 3 and len(data) == 2:
-        return np.full((h, w), data[1], np.uint8)
+    if kind == 3 and len(data) == 1 + size:
+        return np.full((h, w), int.from_bytes(data[1:], "little"), f"<u{size}").astype(f"=u{size}")
     if kind not in (0, 1, 2):
         raise CorruptStream("alpha: unknown kind")
     try:
         decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_LZMA)
-        raw = decoder.decompress(data[1:], max_length=h * w + 1)
+        raw = decoder.decompress(data[1:], max_length=h * w * size + 1)
     except (lzma.LZMAError, EOFError) as error:
         raise CorruptStream("alpha: damaged") from error
-    if len(raw) != h * w or not decoder.eof or decoder.unused_data:
+    if len(raw) != h * w * size or not decoder.eof or decoder.unused_data:
         raise CorruptStream("alpha: wrong length")
-    plane = np.frombuffer(raw, np.uint8).reshape(h, w)
-    return plane.copy() if kind == 0 else np.cumsum(plane, axis=2 - kind, dtype=np.uint8)
+    samples = np.ascontiguousarray(np.frombuffer(raw, np.uint8).reshape(size, -1).T)
+    plane = samples.view(f"<u{size}").astype(f"=u{size}").reshape(h, w)
+    return plane if kind == 0 else np.cumsum(plane, axis=2 - kind, dtype=plane.dtype)
 
 
 def _pack(value: bytes) -> bytes:
