@@ -370,6 +370,8 @@ def _save(target: BinaryIO, picture: Picture, format: str, quality: int, options
 def _save_tiff(target: BinaryIO, picture: Picture, options: dict[str, Any]) -> None:
     """A deflated TIFF of 8 or 16 bits. Pillow writes no 16-bit colour and, through libtiff, no EXIF directories."""
     pixels, alpha = picture.pixels, picture.alpha
+    if alpha is not None and alpha.itemsize == 2 and pixels.shape[2] == 1:
+        pixels = pixels.repeat(3, 2)  # grey with alpha of 16 bits is read by few, not even by Pillow
     h, w, n = *pixels.shape[:2], pixels.shape[2] + (alpha is not None)
     strips = []
     for y in range(0, h, _ROWS):
