@@ -1,0 +1,141 @@
+"""Window attention for entropy models, with tensors in training and exact grids in coding.
+
+Maps (B, C, h, w) of any size are cut into n x n windows, padded at the right and the bottom; shifted windows wrap around the
+map (Swin, Liu et al. 2021). A token attends to the tokens of its window that really lie beside it: neither to the padding
+nor to what the shift brought over from the other side. All pointwise layers are 1x1 convolutions on maps.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..exact import ACT_FRAC, ExactConv2d, Freezable, Grid, bounded, matmul, quantise
+from ..exact_tables import ExactGELU, ExactLayerNorm, ExactSoftmax
+
+Map = Tensor | Grid
+MASKED = -100.0  # added to a score, it leaves less than half a step of a probability
+
+
+def windows(x: Map, n: int, shift: int = 0) -> Map:
+    """(B, C, h, w) -> tokens of n x n windows (B, windows, C, n*n), row by row; zeros pad at the right and the bottom."""
+    if isinstance(x, Grid):
+        return x.move(lambda q: windows(q, n, shift))
+    b, c, h, w = x.shape
+    x = F.pad(x, (0, -w % n, 0, -h % n)) if h % n or w % n else x
+    x = x.roll((-shift, -shift), (2, 3)) if shift else x
+    rows, columns = x.shape[2] // n, x.shape[3] // n
+    return x.reshape(b, c, rows, n, columns, n).permute(0, 2, 4, 1, 3, 5).reshape(b, rows * columns, c, n * n)
+
+
+def merge(tokens: Map, h: int, w: int, n: int, shift: int = 0) -> Map:
+    """Inverse of ``windows`` for a map of h x w; the padding is dropped."""
+    if isinstance(tokens, Grid):
+        return tokens.move(lambda q: merge(q, h, w, n, shift))
+    b, c, rows, columns = tokens.shape[0], tokens.shape[2], -(-h // n), -(-w // n)
+    x = tokens.reshape(b, rows, columns, c, n, n).permute(0, 3, 1, 4, 2, 5).reshape(b, c, rows * n, columns * n)
+    x = x.roll((shift, shift), (2, 3)) if shift else x
+    return x[:, :, :h, :w]
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept must also serve training
+def window_mask(h: int, w: int, n: int, shift: int, device: torch.device | str = "cpu") -> Tensor:
+    """(windows, 1, n*n, n*n) float32, query x key: 0 where the key lies in the map, as far from the query as it stands in
+    the window; MASKED elsewhere."""
+    high, wide = -(-h // n) * n, -(-w // n) * n
+    row, column = torch.meshgrid(torch.arange(high), torch.arange(wide), indexing="ij")
+    place = windows(torch.stack([row, column])[None].float(), n, shift)[0]  # (windows, 2, n*n): where the tokens come from
+    slot = windows(torch.stack([row, column])[None].float(), n)[0]
+    beside = ((place[:, :, :, None] - place[:, :, None]) == (slot[:, :, :, None] - slot[:, :, None])).all(1)
+    inside = (place[:, 0] < h) & (place[:, 1] < w)
+    allowed = beside & inside[:, None]
+    return torch.where(allowed, 0.0, MASKED)[:, None].to(device)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _exact_mask(h: int, w: int, n: int, shift: int, device: torch.device | str = "cpu") -> Grid | None:
+    """``window_mask`` as a grid; None where it masks nothing."""
+    mask = window_mask(h, w, n, shift, device)
+    return quantise(mask) if mask.any() else None
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def relative_index(n: int, device: torch.device | str = "cpu") -> Tensor:
+    """(n*n, n*n): row of a table of (2n-1)**2 offsets for each pair of tokens of a window."""
+    row, column = (t.reshape(-1) for t in torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij"))
+    dr, dc = row[:, None] - row + n - 1, column[:, None] - column + n - 1
+    return (dr * (2 * n - 1) + dc).to(device)
+
+
+class RelativeBias(Freezable):
+    """A learned bias per head and offset inside a window, added to the scores."""
+
+    _frozen_names = ("table_q",)
+
+    def __init__(self, heads: int, n: int):
+        super().__init__()
+        self.n = n
+        self.table = nn.Parameter(torch.zeros(heads, (2 * n - 1) ** 2))
+
+    def _float_names(self) -> tuple[str, ...]:
+        return ("table",)
+
+    def _freeze(self) -> dict[str, Tensor]:
+        return {"table_q": quantise(self.table).q.to(torch.int32)}
+
+    def forward(self) -> Map:
+        """(heads, n*n, n*n)."""
+        if self.frozen:
+            return Grid(self.table_q[:, relative_index(self.n, self.table_q.device)].double(), ACT_FRAC)
+        return self.table[:, relative_index(self.n, self.table.device)]
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention inside n x n windows, (B, C, h, w) -> the same shape; neither norm nor residual."""
+
+    def __init__(self, channels: int, heads: int, n: int = 8, shift: int = 0):
+        super().__init__()
+        if channels % heads:
+            raise ValueError(f"{channels} channels cannot be shared by {heads} heads")
+        self.heads, self.n, self.shift, self.scale = heads, n, shift, (channels // heads) ** -0.5
+        self.qkv = ExactConv2d(channels, 3 * channels, 1)
+        self.bias = RelativeBias(heads, n)
+        self.softmax = ExactSoftmax(-1)
+        self.project = ExactConv2d(channels, channels, 1)
+
+    def forward(self, x: Map) -> Map:
+        (b, c, h, w), n, shift = x.shape, self.n, self.shift
+        tokens = windows(self.qkv(x), n, shift).reshape(b, -1, 3 * self.heads, c // self.heads, n * n)
+        q, k, v = tokens.chunk(3, 2)  # (B, windows, heads, C/heads, n*n) each
+        scores = matmul((q * self.scale).transpose(-1, -2), k) + self.bias()
+        if isinstance(scores, Grid):
+            mask = _exact_mask(h, w, n, shift, scores.q.device)
+            scores = scores if mask is None else scores + mask
+        else:
+            scores = scores + window_mask(h, w, n, shift, scores.device)
+        seen = matmul(self.softmax(scores), v.transpose(-1, -2))  # (B, windows, heads, n*n, C/heads)
+        return self.project(merge(seen.transpose(-1, -2).reshape(b, -1, c, n * n), h, w, n, shift))
+
+
+class WindowBlock(nn.Module):
+    """x + attention(norm(x)), then + MLP(norm(x)): a Swin block on maps; near the identity at the start."""
+
+    def __init__(self, channels: int, heads: int, n: int = 8, shift: int = 0, ratio: int = 2):
+        super().__init__()
+        self.norm1, self.norm2 = ExactLayerNorm(channels, 1), ExactLayerNorm(channels, 1)
+        self.attention = WindowAttention(channels, heads, n, shift)
+        self.up, self.down = ExactConv2d(channels, ratio * channels, 1), ExactConv2d(ratio * channels, channels, 1)
+        self.gelu = ExactGELU()
+        with torch.no_grad():
+            self.attention.project.weight.mul_(0.1)
+            self.down.weight.mul_(0.1)
+
+    def forward(self, x: Map) -> Map:
+        x = bounded(x + self.attention(self.norm1(x)))
+        return bounded(x + self.down(self.gelu(self.up(self.norm2(x)))))
