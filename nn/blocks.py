@@ -23,6 +23,12 @@ class ResidualBlock(nn.Module):
         with torch.no_grad():
             self.b.weight.mul_(0.1)
 
+    def rest(self) -> None:
+        """Become the identity; training leaves it again."""
+        with torch.no_grad():
+            self.b.weight.zero_()
+            self.b.bias.zero_()
+
     def forward(self, x: Tensor) -> Tensor:
         return x + self.b(F.relu(self.a(x)))
 
@@ -58,3 +64,10 @@ class LevelAffine(nn.Module):
         w = knot_weights(level, self.knots, self.levels)
         scale, shift = (w @ self.scale)[:, :, None, None], (w @ self.shift)[:, :, None, None]
         return torch.addcmul(x + shift, x, scale)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of a map (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)

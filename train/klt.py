@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..entropy.context.slices import SCALE_GAIN
 from ..entropy.gaussian import SCALE_MIN, SCALE_STEP
-from ..nn.blocks import ResidualBlock
 
 HIGH_RATE_GAIN = 50.0  # steps per unit at lambda 1: quantisation noise of 2.16 / lambda, see the rate-distortion slope
 BALANCE = 0.5  # y is divided by this power of its standard deviation, so that the nets see even channels
@@ -44,9 +43,8 @@ def start_at_klt(codec, pictures: Tensor) -> None:
     """Fit the transform, the gains and the first scales of ``codec`` to ``pictures`` (n, 3, h, w) uint8, h, w multiples of 16."""
     g_a, g_s, latent = codec.g_a, codec.g_s, codec.latent
     for module in codec.modules():
-        if isinstance(module, ResidualBlock):
-            module.b.weight.zero_()
-            module.b.bias.zero_()
+        if hasattr(module, "rest"):  # residual blocks of any kind
+            module.rest()
     x = F.pixel_unshuffle(pictures.float() / 255 - 0.5, 4)
 
     patch = g_a.patch[1]
@@ -88,5 +86,5 @@ def start_at_klt(codec, pictures: Tensor) -> None:
     at = 0
     for model in latent.models:
         sigma = (deviation / scale)[at : at + model.channels].clamp_min(1e-4)
-        model.head.bias[model.channels :] = (sigma / SCALE_MIN).log() / SCALE_STEP / SCALE_GAIN
+        model.start_scales((sigma / SCALE_MIN).log() / SCALE_STEP / SCALE_GAIN)
         at += model.channels
