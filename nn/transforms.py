@@ -17,6 +17,13 @@ from .blocks import LevelAffine, ResidualBlock, Upsample
 
 Block = Callable[[int], nn.Module]
 """Makes a residual block, (B, C, h, w) -> the same shape, for a number of channels C."""
+Blocks = Block | tuple[Block, Block, Block]
+"""One kind of block for all stages, or one each for H/4, H/8 and H/16."""
+
+
+def _stages(block: Blocks, counts: tuple[int, int, int], channels: tuple[int, int, int]) -> list[list[nn.Module]]:
+    kinds = block if isinstance(block, tuple) else (block,) * 3
+    return [[kind(c) for _ in range(n)] for kind, n, c in zip(kinds, counts, channels)]
 
 
 class PatchAnalysis(nn.Module):
@@ -25,14 +32,15 @@ class PatchAnalysis(nn.Module):
     ``widths``: channels at H/4 and H/8; ``counts``: blocks at H/4, H/8 and H/16; ``latent`` a LatentBase.
     """
 
-    def __init__(self, widths: tuple[int, int], counts: tuple[int, int, int], latent: Any, block: Block = ResidualBlock):
+    def __init__(self, widths: tuple[int, int], counts: tuple[int, int, int], latent: Any, block: Blocks = ResidualBlock):
         super().__init__()
-        (a, b), m, (n4, n8, n16) = widths, latent.channels, counts
+        (a, b), m = widths, latent.channels
+        at4, at8, at16 = _stages(block, counts, (a, b, m))
         self.patch = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(48, a, 3, padding=1))
-        self.at4 = nn.Sequential(*(block(a) for _ in range(n4)), nn.Conv2d(a, b, 3, stride=2, padding=1))
+        self.at4 = nn.Sequential(*at4, nn.Conv2d(a, b, 3, stride=2, padding=1))
         self.level = LevelAffine(b, latent.knots, latent.levels)
-        self.at8 = nn.Sequential(*(block(b) for _ in range(n8)), nn.Conv2d(b, m, 2, stride=2))
-        self.at16 = nn.Sequential(*(block(m) for _ in range(n16)))
+        self.at8 = nn.Sequential(*at8, nn.Conv2d(b, m, 2, stride=2))
+        self.at16 = nn.Sequential(*at16)
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
         return self.at16(self.at8(self.level(self.at4(self.patch(x - 0.5)), level)))
@@ -41,13 +49,14 @@ class PatchAnalysis(nn.Module):
 class PatchSynthesis(nn.Module):
     """y^ (B, M, H/16, W/16) -> x^ (B, 3, H, W). ``counts``: blocks at H/4, H/8 and H/16."""
 
-    def __init__(self, widths: tuple[int, int], counts: tuple[int, int, int], latent: Any, block: Block = ResidualBlock):
+    def __init__(self, widths: tuple[int, int], counts: tuple[int, int, int], latent: Any, block: Blocks = ResidualBlock):
         super().__init__()
-        (a, b), m, (n4, n8, n16) = widths, latent.channels, counts
-        self.at16 = nn.Sequential(*(block(m) for _ in range(n16)), Upsample(m, b))
+        (a, b), m = widths, latent.channels
+        at4, at8, at16 = _stages(block, counts, (a, b, m))
+        self.at16 = nn.Sequential(*at16, Upsample(m, b))
         self.level = LevelAffine(b, latent.knots, latent.levels)
-        self.at8 = nn.Sequential(*(block(b) for _ in range(n8)), Upsample(b, a))
-        self.at4 = nn.Sequential(*(block(a) for _ in range(n4)), Upsample(a, 3, 4, kernel=3))
+        self.at8 = nn.Sequential(*at8, Upsample(b, a))
+        self.at4 = nn.Sequential(*at4, Upsample(a, 3, 4, kernel=3))
 
     def forward(self, y_hat: Tensor, level: Tensor) -> Tensor:
         return self.at4(self.at8(self.level(self.at16(y_hat), level))) + 0.5

@@ -72,6 +72,10 @@ class SliceModel(nn.Module):
     def residual(self, state: Any, t: Any, q: Tensor, value: Map | None, half: int, where: Tensor | None) -> Map:
         raise NotImplementedError
 
+    def start_scales(self, scales: Tensor) -> None:
+        """Take scales (c,), in units of the networks' scale output, as those of a fresh model (see ``train.klt``)."""
+        raise NotImplementedError
+
 
 class ConvSlice(SliceModel):
     """Everything known, squeezed to a few channels, through one convolution and a pointwise trunk.
@@ -122,6 +126,9 @@ class ConvSlice(SliceModel):
         t = self.relu(self.trunk(self.relu(t.clamp())))
         out = self.head(t)
         return t, out[:, : self.channels], Grid(out.q[:, self.channels :] * SCALE_GAIN)
+
+    def start_scales(self, scales):
+        self.head.bias[self.channels :] = scales
 
     def residual(self, state, t, q, value, half, where):
         return half_step(self.lrp_out(self.relu(self.lrp_in(cat([t, seen_symbols(q, where is not None)])))))
