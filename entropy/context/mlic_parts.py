@@ -1,0 +1,65 @@
+"""Entropy-path parts of the MLIC family (Jiang et al. 2023, MLIC++), which S2LIC and MLICv2 take over: exact once frozen.
+
+    hyper_analysis      y (B, M, h, w) -> z (B, hyper, h/4, w/4), float
+    hyper_synthesis     z^ -> (B, 2M, 4h, 4w): the first half belongs to the scales, the second to the means
+    parameter_net       everything known at a position -> mean and scale, 1x1 convolutions
+    residual_net        [means half, finished slices, current slice] -> latent residual, three 3x3 convolutions
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..exact import ExactConv2d, Grid, pixel_shuffle
+from ..exact_tables import ExactGELU
+
+PARAMETER_WIDTHS = (320, 256, 128)
+RESIDUAL_WIDTHS = (224, 128)
+
+
+class ExactShuffle(nn.Module):
+    """Pixel shuffle by 2 of a tensor or a grid."""
+
+    def forward(self, x: Tensor | Grid) -> Tensor | Grid:
+        return pixel_shuffle(x, 2)
+
+
+def hyper_analysis(channels: int, width: int, hyper: int) -> nn.Sequential:
+    """h_a: five 3x3 convolutions, two of them with stride 2, GELU between."""
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1), nn.GELU(),
+        nn.Conv2d(width, width, 3, padding=1), nn.GELU(),
+        nn.Conv2d(width, width, 3, stride=2, padding=1), nn.GELU(),
+        nn.Conv2d(width, width, 3, padding=1), nn.GELU(),
+        nn.Conv2d(width, hyper, 3, stride=2, padding=1),
+    )  # fmt: skip
+
+
+def hyper_synthesis(hyper: int, channels: int) -> nn.Sequential:
+    """h_s: from z^ to 2 * ``channels`` maps at the resolution of y, two 3x3 sub-pixel convolutions on the way."""
+    wide = channels * 3 // 2
+    return nn.Sequential(
+        ExactConv2d(hyper, channels, 3), ExactGELU(),
+        ExactConv2d(channels, 4 * channels, 3), ExactShuffle(), ExactGELU(),
+        ExactConv2d(channels, wide, 3), ExactGELU(),
+        ExactConv2d(wide, 4 * wide, 3), ExactShuffle(), ExactGELU(),
+        ExactConv2d(wide, 2 * channels, 3),
+    )  # fmt: skip
+
+
+def conv_stack(widths: tuple[int, ...], kernel: int) -> nn.Sequential:
+    """Convolutions from widths[0] to widths[-1] channels, GELU between."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip(widths, widths[1:]):
+        layers += [ExactConv2d(inputs, outputs, kernel), ExactGELU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def parameter_net(inputs: int, channels: int, hidden: tuple[int, ...] = PARAMETER_WIDTHS) -> nn.Sequential:
+    """inputs -> 2 * ``channels``, pointwise."""
+    return conv_stack((inputs, *hidden, 2 * channels), 1)
+
+
+def residual_net(inputs: int, channels: int, hidden: tuple[int, ...] = RESIDUAL_WIDTHS) -> nn.Sequential:
+    """inputs -> ``channels``, 3x3 convolutions."""
+    return conv_stack((inputs, *hidden, channels), 3)
