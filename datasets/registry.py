@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ import numpy as np
 from ..container.errors import CodecError, UsageError
 
 PICTURES = {".png", ".webp", ".jpg", ".jpeg", ".bmp", ".ppm", ".tif", ".tiff"}
+VIDEOS = {".y4m", ".yuv", ".mp4", ".mkv", ".mov", ".avi", ".webm"}
+GRIDS = {".nc", ".nc4", ".grib", ".grb", ".grib2"}
 ALIASES = {"clic": "clic2020-professional"}
 
 
@@ -86,32 +88,51 @@ def get(name: str) -> Dataset:
 
 @dataclass(frozen=True)
 class Found:
-    """Files to measure on. ``dataset`` is None for a folder given by hand."""
+    """Files (of sequences also: folders of frames) to measure on. ``dataset`` is None for a folder given by hand."""
 
     label: str
     folder: Path
     paths: list[Path]
     dataset: Dataset | None
     split: str | None
+    kind: str
 
 
-def find(spec: str | Path) -> Found:
-    """The pictures of a set, 'name' or 'name:split', or those of a folder, in the order of their names.
+def find(spec: str | Path, kind: str | None = None) -> Found:
+    """The files of a set, 'name' or 'name:split', or those of a folder, in the order of their names.
 
-    DatasetError when there are none: it says where they belong.
+    ``kind`` (image, video, grid, bytes) is that of the set, or what lies in the folder: only ``bytes`` must be asked for.
+    DatasetError when there are none: it says where they belong. UsageError when the set is of another kind.
     """
     text = str(spec)
     name, _, split = text.partition(":")
     if ALIASES.get(name, name) in _sets() and not _is_path(text):
-        return _find_set(get(name), split)
+        found = _find_set(get(name), split)
+        if kind not in (None, "bytes", found.kind):  # any files are bytes
+            raise UsageError(f"{name} holds {found.kind}, not {kind}")
+        return replace(found, kind=kind or found.kind)
     folder = Path(text)
     if not folder.is_dir():
         hint = f"data sets are {', '.join(names())}"
         raise DatasetError(f"{text}: no such folder or data set; {hint}")
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
-    if not paths:
-        raise DatasetError(f"{text}: no pictures in this folder")
-    return Found(folder.resolve().name, folder, paths, None, None)
+    for some in (kind,) if kind else ("image", "grid", "video"):
+        if paths := sorted(_of_kind(folder, some)):
+            return Found(folder.resolve().name, folder, paths, None, None, some)
+    what = {None: "pictures, fields or sequences", "image": "pictures", "video": "sequences", "grid": "fields"}
+    hint = "" if kind else "; --kind bytes measures files of any sort"
+    raise DatasetError(f"{text}: no {what.get(kind, 'files')} in this folder{hint}")
+
+
+def _of_kind(folder: Path, kind: str) -> list[Path]:
+    """What a folder holds of a kind; a folder of pictures in it is a sequence."""
+    entries = [p for p in folder.iterdir() if not p.name.startswith(".")]
+    if kind == "bytes":
+        return [p for p in entries if p.is_file()]
+    suffixes = {"image": PICTURES, "video": VIDEOS, "grid": GRIDS}[kind]
+    found = [p for p in entries if p.is_file() and p.suffix.lower() in suffixes]
+    if kind == "video":
+        found += [p for p in entries if p.is_dir() and any(f.suffix.lower() in PICTURES for f in p.iterdir())]
+    return found
 
 
 def _is_path(text: str) -> bool:
@@ -137,7 +158,7 @@ def _find_set(dataset: Dataset, split: str) -> Found:
             f"`codec fetch {dataset.name}`, or {by_hand(dataset)}"
         )
     label = dataset.name if split == next(iter(dataset.splits)) else f"{dataset.name}:{split}"
-    return Found(label, folder, paths, dataset, split)
+    return Found(label, folder, paths, dataset, split, dataset.kind)
 
 
 def by_hand(dataset: Dataset) -> str:

@@ -7,11 +7,11 @@ import importlib
 from pathlib import Path
 
 COMMANDS = {
-    "eval": (".run", "rate and quality of models and peers over a set of pictures"),
+    "eval": (".run", "rate and quality of models and peers over a data set"),
     "plot": (".plot", "draw the results of eval"),
     "fetch": ("..datasets.fetch", "download data sets, or list them"),
 }
-METRICS = ("psnr", "psnr_y", "ms_ssim")
+KINDS = ("image", "video", "grid", "bytes")
 
 
 def add_parsers(sub: argparse._SubParsersAction) -> None:
@@ -42,17 +42,24 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset", metavar="NAME|DIR", help="kodak, clic2020-professional, tecnick, ..., NAME:SPLIT, or a folder")
     add("--codec", nargs="*", default=[], metavar="MODEL", help="our models, for example hyperprior:light")
     add("--peers", nargs="*", default=[], metavar="PEER",
-        help="jpeg, jpeg-444, webp, avif, jxl, jpeg2000, or module:Class of your own")  # fmt: skip
+        help="pictures: jpeg jpeg-444 webp avif jxl jpeg2000 compressai-mbt2018 ...; video: x264 x264-444 x265 x265-444 "
+             "svt-av1; grid: sz3 zfp sperr jpeg2000 netcdf-deflate; bytes: zlib bz2 lzma zstd brotli ppmd; or "
+             "module:Class of your own")  # fmt: skip
+    add("--kind", choices=KINDS, help="of the data (default: what the set or folder holds; bytes must be asked for)")
     add("--qualities", nargs="*", type=float, default=[0.0, 12.0, 25.0, 40.0, 55.0, 70.0, 85.0, 100.0], metavar="Q",
         help="qualities 0..100 of our models (default %(default)s)")  # fmt: skip
-    add("--metrics", nargs="*", default=list(METRICS), metavar="METRIC",
-        help="psnr, psnr_y, ms_ssim, ms_ssim_reduced (default the first three)")  # fmt: skip
+    add("--metrics", nargs="*", metavar="METRIC",
+        help="pictures: psnr psnr_y ms_ssim (the default) ms_ssim_reduced lpips dists feature_distance fid kid; video also "
+             "warping_error flicker; grid: snr rmse_weighted rmse_relative max_error max_error_relative "
+             "anomaly_correlation spectrum_ratio (all by default)")  # fmt: skip
+    add("--squeezenet", type=Path, metavar="FILE",
+        help="weights of SqueezeNet 1.1 for feature_distance (default $NEURALCODEC_SQUEEZENET)")  # fmt: skip
     add("--anchor", default="auto",
         help="what BD-rates are against: a published curve of the data set (vtm), a codec of this run, the JSON file of "
              "an earlier one, or auto: vtm where it is published, else the first peer")  # fmt: skip
     add("--out", type=Path, default=Path("eval-results"), metavar="DIR",
         help="folder of the results (default %(default)s); a second run goes on there")  # fmt: skip
-    add("-j", "--jobs", type=int, default=1, metavar="N", help="pictures at once; 0 means one per core (default 1)")
+    add("-j", "--jobs", type=int, default=1, metavar="N", help="samples at once; 0 means one per core (default 1)")
     add("--threads", type=int, metavar="N", help="threads of each process (default: cores / jobs)")
     add("--report", type=Path, metavar="FILE", help="also write a page (HTML, one file) with tables, plots, pictures")
     add("--card", action="store_true", help="write the result into the cards of our models")

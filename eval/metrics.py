@@ -106,7 +106,19 @@ def ms_ssim_reduced(a: np.ndarray, b: np.ndarray, peak: int = 255) -> float | No
     return float(ms_ssim_tensor(*_tensors(a, b), peak, fitting[-1])) if fitting else None
 
 
+def _late(name: str) -> Callable[[np.ndarray, np.ndarray, int], float | None]:
+    """A metric of ``perceptual``, whose libraries are loaded by the first call."""
+
+    def metric(a: np.ndarray, b: np.ndarray, peak: int = 255) -> float | None:
+        from . import perceptual
+
+        return getattr(perceptual, name)(a, b, peak)
+
+    return metric
+
+
+NETWORKS = ("lpips", "dists", "feature_distance")
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray, int], float | None]] = {
     "psnr": psnr_rgb, "psnr_y": psnr_y, "ms_ssim": ms_ssim, "ms_ssim_reduced": ms_ssim_reduced,
-}  # fmt: skip
+} | {name: _late(name) for name in NETWORKS}  # fmt: skip
 """Metrics of a picture by the name that results carry: (original, decoded, peak) -> value, None where undefined."""

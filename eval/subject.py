@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from ..container.errors import UsageError
+
 
 class Subject(ABC):
-    """A codec of pictures with a list of quality settings.
+    """A codec with a list of quality settings, from bad to good.
 
+    ``kind`` says what a sample is: image: (H, W, 3) uint8; video: (T, H, W, 3) uint8; grid: (N, H, W) float32; bytes.
     ``identity`` changes whenever the bytes may change: finished points of another identity are not used again.
     ``stages`` holds the seconds of the parts of the last call, where the subject can tell them. """
 
@@ -20,22 +23,23 @@ class Subject(ABC):
     describe: str
     identity: str
     settings: tuple[float, ...]
+    kind = "image"
     ours = False
 
     @abstractmethod
-    def encode(self, rgb: np.ndarray, setting: float) -> bytes:
-        """(H, W, 3) uint8 -> a file's bytes."""
+    def encode(self, sample: Any, setting: float) -> bytes:
+        """A sample -> a file's bytes."""
 
     @abstractmethod
-    def decode(self, data: bytes) -> np.ndarray:
-        """A file's bytes -> (H, W, 3) uint8."""
+    def decode(self, data: bytes) -> Any:
+        """A file's bytes -> a sample of the same shape and type."""
 
     def complexity(self) -> dict[str, Any]:
         """``parameters`` and ``kmac_per_pixel`` (a value for each part), where they are known."""
         return {}
 
-    def ideal_bits(self, rgb: np.ndarray, setting: float) -> float | None:
-        """Bits that the entropy model charges for a picture: the estimate beside the bytes of the file."""
+    def ideal_bits(self, sample: Any, setting: float) -> float | None:
+        """Bits that the entropy model charges for a sample: the estimate beside the bytes of the file."""
         return None
 
     @property
@@ -69,27 +73,47 @@ class _Timed:
         return run
 
 
+class _Estimated:
+    """A codec that adds up what its tables charge, in ``bits``, in place of coding."""
+
+    def __init__(self, codec: Any):
+        self.codec = codec
+        self.bits = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.codec, name)
+
+    def encode_latent(self, y: Any, level: int) -> tuple[bytes, Any]:
+        self.bits += self.codec.estimate_bits(y, level)
+        return b"", y
+
+
 class Ours(Subject):
     """One of our models, ``codec:preset``; settings are qualities 0..100."""
 
     ours = True
 
-    def __init__(self, model: str, qualities: Iterable[float]):
+    def __init__(self, model: str, qualities: Sequence[float]):
         from ..codecs import registry
 
+        bad = [q for q in qualities if not 0 <= q <= 100]
+        if bad or not qualities:
+            raise UsageError(f"quality {bad[0]:g} is outside of 0..100" if bad else "no qualities to measure at")
         self.codec = registry.load(*registry.split(model))
-        self.name, self.settings = f"{self.codec.name}:{self.codec.preset}", tuple(qualities)
+        if self.codec.kind != "image":
+            raise UsageError(f"{model} codes {self.codec.kind}; only models of pictures are measured here")
+        self.name, self.settings = f"{self.codec.name}:{self.codec.preset}", tuple(sorted(set(qualities)))
         self.describe, self.identity = f"model {self.codec.model_id.hex()}", self.codec.model_id.hex()
         self._clock = _Timed(self.codec)
 
-    def encode(self, rgb: np.ndarray, setting: float) -> bytes:
+    def encode(self, sample: np.ndarray, setting: float) -> bytes:
         from ..codecs.base import level_of
         from ..codecs.image import encode_picture
         from ..container.format import dumps
         from ..media.image import Picture
 
         self._clock.seconds.clear()
-        stream = encode_picture(self._clock, Picture(rgb), level_of(setting))
+        stream = encode_picture(self._clock, Picture(sample), level_of(setting))
         return self._clock.timed(dumps, "container")(stream)
 
     def decode(self, data: bytes) -> np.ndarray:
@@ -113,16 +137,11 @@ class Ours(Subject):
             pass
         return found
 
-    def ideal_bits(self, rgb: np.ndarray, setting: float) -> float | None:
-        import torch
-
+    def ideal_bits(self, sample: np.ndarray, setting: float) -> float | None:
         from ..codecs.base import level_of
+        from ..codecs.image import encode_picture
+        from ..media.image import Picture
 
-        estimate = getattr(self.codec, "estimate_bits", None)
-        if estimate is None:
-            return None
-        m, level = self.codec.tile_multiple, level_of(setting)
-        pixels = np.pad(rgb, ((0, -rgb.shape[0] % m), (0, -rgb.shape[1] % m), (0, 0)), "edge")
-        with torch.inference_mode():
-            x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
-            return float(estimate(self.codec.analyse(x.contiguous(memory_format=torch.channels_last), level), level))
+        estimated = _Estimated(self.codec)
+        encode_picture(estimated, Picture(sample), level_of(setting))  # the tiles of ``encode``
+        return estimated.bits
