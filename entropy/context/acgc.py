@@ -24,17 +24,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..exact import ACT_FRAC, ACT_MAX, ExactConv2d, Grid, bounded, cat, matmul, shift_round
-from ..exact_tables import ExactGELU, ExactLayerNorm, ExactSigmoid, ExactSoftmax, ExactTanh, div_round
+from ..exact import ACT_FRAC, ACT_MAX, ExactConv2d, ExactReLU, Freezable, Grid, bounded, cat, shift_round
+from ..exact_tables import (
+    SOFTMAX_FRAC,
+    SOFTMAX_REACH,
+    ExactGELU,
+    ExactLayerNorm,
+    ExactSigmoid,
+    ExactTanh,
+    div_round,
+)  # fmt: skip
 from ..hyperprior import LatentBase, round_ste
 from ..levels import LevelBias
 from .mlic_parts import conv_stack, parameter_net, residual_net
 from .slices import INIT_SCALE, SCALE_GAIN, Map, SliceModel, half_step, seen_symbols
 
-SAMPLES = 1024  # keys of the global attention, at most
 REACH = 2  # sampling steps by which an offset can move a sample
 SUB = 16  # positions per cell
-SCORES = 1 << 22  # held at a time
+SCORES = 1 << 18  # held at a time, while they stay in a cache
+SCORE_FRAC = 8  # grid of differences between scores
 GATE_WIDTH = 4  # inside of a gate per position, and at least inside of one per channel
 OFFSET_KERNEL = 5
 
@@ -50,11 +58,13 @@ class AcgcConfig(LatentBase):
     channel: int  # channels of the channel-wise context
     inter: int  # channels of the global-inter context
     head: int  # channels of an attention head
+    samples: int = 1024  # keys of the global attention, at most
     local: int  # channels of the context of anchors
     kernel: int  # side of the convolutions over the attention's result and over the anchors
     parameters: tuple[int, ...]  # hidden widths of the nets for mean and scale
     residual: tuple[int, ...]  # hidden widths of the latent residual prediction
     spatial_residual: bool = False  # published: 3x3 on hyper means and slices; else pointwise on the parameter nets
+    smooth: bool = True  # GELU; else ReLU, which is faster
     mlic_hyper: bool = False  # the published h_a and h_s; else those of the control
     see_anchors: bool = True
 
@@ -69,18 +79,18 @@ def mean_over_map(x: Map) -> Map:
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # what is kept must also serve training
-def sample_places(h: int, w: int, device: torch.device | str = "cpu") -> tuple[int, Tensor, Tensor]:
-    """(step, rows (n,), columns (n,)): every ``step``-th cell both ways, with the least step for which n <= SAMPLES."""
+def sample_places(h: int, w: int, most: int, device: torch.device | str = "cpu") -> tuple[int, Tensor, Tensor]:
+    """(step, rows (n,), columns (n,)): every ``step``-th cell both ways, with the least step for which n <= ``most``."""
     step = 1
-    while -(-h // step) * -(-w // step) > SAMPLES:
+    while -(-h // step) * -(-w // step) > most:
         step += 1
-    rows, columns = (torch.arange(side)[step // 2 :: step] if side > step // 2 else torch.arange(1) for side in (h, w))
+    rows, columns = (torch.arange(min(step // 2, (side - 1) % step), side, step) for side in (h, w))
     places = torch.cartesian_prod(rows, columns).to(device)
     return step, places[:, 0], places[:, 1]
 
 
 def sample(x: Map, rows: Tensor, columns: Tensor) -> Map:
-    """Bilinear samples (B, C, n) of x (B, C, h, w) at whole numbers ``rows``, ``columns`` (B, n) of 1/SUB cells inside of it."""
+    """Bilinear samples (B, C, n) of x (B, C, h, w) at whole numbers ``rows``, ``columns`` (B, n) of 1/SUB cells."""
     q = x.q if isinstance(x, Grid) else x
     b, c, h, w = q.shape
     top, left = torch.floor(rows.detach() / SUB), torch.floor(columns.detach() / SUB)
@@ -100,18 +110,44 @@ def sample(x: Map, rows: Tensor, columns: Tensor) -> Map:
     return total / SUB**2
 
 
-class GlobalAttention(nn.Module):
-    """softmax(q k / sqrt(d)) v: q (B, heads, d, N), k and v (B, heads, d, n) -> (B, heads, d, N)."""
+class GlobalAttention(Freezable):
+    """softmax(q k / sqrt(d)) v: q (B, heads, d, N), k and v (B, heads, d, n) -> (B, heads, d, N).
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.softmax = ExactSoftmax(-1)
+    On integers, with s = q k - the largest of its row, on the product grid: e_i = table(round(-s_i to 2**-8)), and the result
+    is div_round(sum e_i v_i, sum e_i). No probability is made, which would take a division per pair.
+    Frozen: ``table_q`` int32, exp(-x) on 2**-20 for x = 0, 2**-8 .. 15, the last entry 0.
+    """
+
+    _frozen_names = ("table_q",)
+
+    def _freeze(self) -> dict[str, Tensor]:
+        x = torch.arange((SOFTMAX_REACH << SCORE_FRAC) + 1, dtype=torch.float64) * 2.0**-SCORE_FRAC
+        table = torch.floor(torch.exp(-x) * 2.0**SOFTMAX_FRAC + 0.5).to(torch.int32)
+        table[-1] = 0
+        return {"table_q": table}
+
+    def set_frozen(self, tensors: dict[str, Tensor]) -> None:
+        if tensors["table_q"].shape != ((SOFTMAX_REACH << SCORE_FRAC) + 1,):
+            raise ValueError("this is not the table of an attention")
+        super().set_frozen(tensors)
 
     def forward(self, q: Map, k: Map, v: Map) -> Map:
         q, v = (q * q.shape[2] ** -0.5).transpose(-1, -2), v.transpose(-1, -2)
-        size = max(1, SCORES // (k.shape[0] * k.shape[1] * k.shape[3]))
-        parts = [matmul(self.softmax(matmul(part, k)), v) for part in q.split(size, 2)]
-        return cat(parts, 2).transpose(-1, -2)
+        if not isinstance(q, Grid):
+            return (torch.softmax(q @ k, -1) @ v).transpose(-1, -2)
+        self._need_frozen()
+        pairs = k.shape[1] * k.shape[3]
+        if max(k.shape[2] * q.limit * k.limit, k.shape[3] * v.limit << SOFTMAX_FRAC) >= 1 << 50:
+            raise ValueError("attention over so many samples cannot be exact")
+        table, shift = self.table_q.double(), q.frac + k.frac - SCORE_FRAC
+        parts = []
+        for part in q.q.split(max(1, SCORES // pairs), 2):
+            scores = part @ k.q
+            below = (scores.amax(-1, keepdim=True) - scores).mul_(2.0**-shift).add_(0.5)
+            e = table[below.clamp_(max=len(table) - 1).long()]  # long cuts off: a floor of what is not negative
+            total = e.sum(-1, keepdim=True)
+            parts.append(div_round(e @ v.q, total.expand(*total.shape[:-1], v.shape[3])))
+        return Grid(torch.cat(parts, 2).transpose(-1, -2), v.frac, v.limit)
 
 
 class Gate(nn.Sequential):
@@ -119,8 +155,9 @@ class Gate(nn.Sequential):
 
     def __init__(self, inputs: int, hidden: int, outputs: int):
         super().__init__(
-            ExactConv2d(inputs, hidden, 1), ExactLayerNorm(hidden, 1), ExactGELU(), ExactConv2d(hidden, outputs, 1), ExactSigmoid()
-        )
+            ExactConv2d(inputs, hidden, 1), ExactLayerNorm(hidden, 1), ExactGELU(),
+            ExactConv2d(hidden, outputs, 1), ExactSigmoid(),
+        )  # fmt: skip
 
 
 class Crossed(nn.Module):
@@ -148,9 +185,9 @@ def depthwise_branch(inputs: int, channels: int) -> nn.Sequential:
 class ChannelContext(nn.Module):
     """ACCTX: (B, inputs, h, w) -> (B, channels, h, w)."""
 
-    def __init__(self, inputs: int, hidden: int, channels: int):
+    def __init__(self, inputs: int, hidden: int, channels: int, act: type[nn.Module] = ExactGELU):
         super().__init__()
-        self.attend = nn.Sequential(conv_stack((inputs, hidden, channels), 3), ExactGELU())
+        self.attend = nn.Sequential(conv_stack((inputs, hidden, channels), 3, act), act())
         self.depthwise = depthwise_branch(inputs, channels)
         self.crossed = Crossed(channels)
 
@@ -161,9 +198,9 @@ class ChannelContext(nn.Module):
 class InterContext(nn.Module):
     """AGCTX: (B, inputs, h, w) -> (B, channels, h, w), every position attending to samples of the whole map."""
 
-    def __init__(self, inputs: int, head: int, channels: int, kernel: int):
+    def __init__(self, inputs: int, head: int, channels: int, kernel: int, samples: int):
         super().__init__()
-        self.heads = inputs // head
+        self.heads, self.samples = inputs // head, samples
         width = self.heads * head
         self.query = ExactConv2d(inputs, width, 1)
         self.key_value = ExactConv2d(inputs, 2 * width, 1)
@@ -182,7 +219,7 @@ class InterContext(nn.Module):
         """Rows and columns (B, n) of the samples in 1/SUB cells, from the queries (B, C, h, w)."""
         h, w = q.shape[2:]
         exact = isinstance(q, Grid)
-        step, rows, columns = sample_places(h, w, q.q.device if exact else q.device)
+        step, rows, columns = sample_places(h, w, self.samples, q.q.device if exact else q.device)
         cells = rows * w + columns
         near = self.near.gather(q, cells) if exact else self.near(q).flatten(2)[:, :, cells]
         moved = self.tanh(self.offset(self.gelu(near)[..., None]))
@@ -210,11 +247,12 @@ class AcgcSlice(SliceModel):
         super().__init__(channels)
         self.spatial_residual = cfg.spatial_residual
         inputs, local_inputs = cfg.features, channels
+        act = ExactGELU if cfg.smooth else ExactReLU
         if known:
             p = cfg.squeeze or known
             self.reduce = ExactConv2d(known, p, 1) if cfg.squeeze else nn.Identity()
-            self.channel_context = ChannelContext(p, cfg.branch, cfg.channel)
-            self.inter_context = InterContext(p, cfg.head, cfg.inter, cfg.kernel)
+            self.channel_context = ChannelContext(p, cfg.branch, cfg.channel, act)
+            self.inter_context = InterContext(p, cfg.head, cfg.inter, cfg.kernel, cfg.samples)
             inputs += cfg.channel + cfg.inter
         self.local = None
         if cfg.see_anchors:
@@ -224,15 +262,15 @@ class AcgcSlice(SliceModel):
             # on maps that are zero at the others: there it is a checkerboard-masked convolution
             self.local = nn.Sequential(*layers, ExactConv2d(local_inputs, cfg.local, cfg.kernel))
         seen = (inputs, inputs + cfg.local * cfg.see_anchors)
-        self.nets = nn.ModuleList(parameter_net(n, channels, cfg.parameters) for n in seen)
+        self.nets = nn.ModuleList(parameter_net(n, channels, cfg.parameters, act) for n in seen)
         self.bias = nn.ModuleList(LevelBias(cfg.parameters[0], cfg.knots, cfg.levels) for _ in range(2))
         if cfg.spatial_residual:
             self.lrp = nn.ModuleList(
-                residual_net(cfg.features // 2 + known + channels, channels, cfg.residual) for _ in range(2)
+                residual_net(cfg.features // 2 + known + channels, channels, cfg.residual, act) for _ in range(2)
             )  # fmt: skip
         else:
             widths = (cfg.parameters[-1] + channels, *cfg.residual, channels)
-            self.lrp = nn.ModuleList(conv_stack(widths, 1) for _ in range(2))
+            self.lrp = nn.ModuleList(conv_stack(widths, 1, act) for _ in range(2))
         with torch.no_grad():
             for net in self.nets:
                 net[-1].weight.mul_(0.3)

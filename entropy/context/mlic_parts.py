@@ -47,19 +47,21 @@ def hyper_synthesis(hyper: int, channels: int) -> nn.Sequential:
     )  # fmt: skip
 
 
-def conv_stack(widths: tuple[int, ...], kernel: int) -> nn.Sequential:
-    """Convolutions from widths[0] to widths[-1] channels, GELU between."""
+def conv_stack(widths: tuple[int, ...], kernel: int, act: type[nn.Module] = ExactGELU) -> nn.Sequential:
+    """Convolutions from widths[0] to widths[-1] channels, ``act`` between."""
     layers: list[nn.Module] = []
     for inputs, outputs in zip(widths, widths[1:]):
-        layers += [ExactConv2d(inputs, outputs, kernel), ExactGELU()]
+        layers += [ExactConv2d(inputs, outputs, kernel), act()]
     return nn.Sequential(*layers[:-1])
 
 
-def parameter_net(inputs: int, channels: int, hidden: tuple[int, ...] = PARAMETER_WIDTHS) -> nn.Sequential:
+def parameter_net(inputs: int, channels: int, hidden: tuple[int, ...] = PARAMETER_WIDTHS,
+                  act: type[nn.Module] = ExactGELU) -> nn.Sequential:  # fmt: skip
     """inputs -> 2 * ``channels``, pointwise."""
-    return conv_stack((inputs, *hidden, 2 * channels), 1)
+    return conv_stack((inputs, *hidden, 2 * channels), 1, act)
 
 
-def residual_net(inputs: int, channels: int, hidden: tuple[int, ...] = RESIDUAL_WIDTHS) -> nn.Sequential:
+def residual_net(inputs: int, channels: int, hidden: tuple[int, ...] = RESIDUAL_WIDTHS,
+                 act: type[nn.Module] = ExactGELU) -> nn.Sequential:  # fmt: skip
     """inputs -> ``channels``, 3x3 convolutions."""
-    return conv_stack((inputs, *hidden, channels), 3)
+    return conv_stack((inputs, *hidden, channels), 3, act)
