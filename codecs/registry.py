@@ -30,6 +30,10 @@ def register(name: str, path: str) -> None:
 
 
 register("hyperprior", f"{__package__}.hyperprior:Hyperprior")
+register("mlicv2", f"{__package__}.mlicv2:MLICv2")
+register("s2lic", f"{__package__}.s2lic:S2LIC")
+register("feds", f"{__package__}.feds:FEDS")
+register("hcfssnet", f"{__package__}.hcfssnet:HCFSSNet")
 
 
 def _third_party() -> None:

@@ -73,15 +73,14 @@ def relative_index(n: int, device: torch.device | str = "cpu") -> Tensor:
     return (dr * (2 * n - 1) + dc).to(device)
 
 
-class RelativeBias(Freezable):
-    """A learned bias per head and offset inside a window, added to the scores."""
+class LearnedTable(Freezable):
+    """A learned table of numbers, of any shape, that starts at zero."""
 
     _frozen_names = ("table_q",)
 
-    def __init__(self, heads: int, n: int):
+    def __init__(self, *shape: int):
         super().__init__()
-        self.n = n
-        self.table = nn.Parameter(torch.zeros(heads, (2 * n - 1) ** 2))
+        self.table = nn.Parameter(torch.zeros(shape))
 
     def _float_names(self) -> tuple[str, ...]:
         return ("table",)
@@ -89,11 +88,26 @@ class RelativeBias(Freezable):
     def _freeze(self) -> dict[str, Tensor]:
         return {"table_q": quantise(self.table).q.to(torch.int32)}
 
-    def forward(self) -> Map:
+    def _thaw(self) -> dict[str, Tensor]:
+        return {"table": self.table_q * 2.0**-ACT_FRAC}
+
+    def forward(self, exact: bool) -> Map:
+        """The table, as a grid or as a tensor."""
+        return Grid(self.table_q.double()) if exact else self.table
+
+
+class RelativeBias(LearnedTable):
+    """A learned bias per head and offset inside a window, for the scores."""
+
+    def __init__(self, heads: int, n: int):
+        super().__init__(heads, (2 * n - 1) ** 2)
+        self.n = n
+
+    def forward(self, exact: bool) -> Map:
         """(heads, n*n, n*n)."""
-        if self.frozen:
-            return Grid(self.table_q[:, relative_index(self.n, self.table_q.device)].double(), ACT_FRAC)
-        return self.table[:, relative_index(self.n, self.table.device)]
+        table = super().forward(exact)
+        device = table.q.device if isinstance(table, Grid) else table.device
+        return table[:, relative_index(self.n, device)]
 
 
 class WindowAttention(nn.Module):
@@ -113,7 +127,7 @@ class WindowAttention(nn.Module):
         (b, c, h, w), n, shift = x.shape, self.n, self.shift
         tokens = windows(self.qkv(x), n, shift).reshape(b, -1, 3 * self.heads, c // self.heads, n * n)
         q, k, v = tokens.chunk(3, 2)  # (B, windows, heads, C/heads, n*n) each
-        scores = matmul((q * self.scale).transpose(-1, -2), k) + self.bias()
+        scores = matmul((q * self.scale).transpose(-1, -2), k) + self.bias(isinstance(x, Grid))
         if isinstance(scores, Grid):
             mask = _exact_mask(h, w, n, shift, scores.q.device)
             scores = scores if mask is None else scores + mask
