@@ -6,6 +6,8 @@ A recipe is a TOML file (see ``recipes/``). The learning rate follows the fracti
 is bounded by steps, by minutes, or by both; a stopped run goes on from its last checkpoint (``--resume``).
 The loss of a sample at level l is (bpp + lambda(l) * 255^2 * MSE) * lambda(l)^-0.5: the power makes every quality weigh about
 the same, because the rate itself grows like lambda^0.56 (otherwise the high qualities would take all the gradient).
+With ``distortion = "ms-ssim"`` lambda_ms * (1 - MS-SSIM) stands in the place of the squared error; start from a checkpoint that
+was trained for the squared error (``--init``). What a step minimises is an ``Objective``: distillation brings its own.
 """
 
 from __future__ import annotations
@@ -28,9 +30,11 @@ from torch import Tensor
 
 from ..codecs import registry
 from ..codecs.base import LEVELS, ImageCodec
+from ..eval.metrics import MS_SSIM_WEIGHTS, WINDOW, ms_ssim_tensor
 from .data import Crops, load_folder
 from .klt import start_at_klt
 from .optim import optimisers
+from .plot import plot_run
 
 
 @dataclass
@@ -52,6 +56,7 @@ class Recipe:
     start: str = "noise"  # or "klt": see klt.py
     klt_pictures: int = 192
     seed: int = 0
+    distortion: str = "mse"  # or "ms-ssim"
     stages: list[dict[str, Any]] = field(default_factory=lambda: [{"until": 1.0, "crop": 128, "batch": 8}])
 
     @classmethod
@@ -62,6 +67,8 @@ class Recipe:
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"{path}: unknown recipe key {sorted(unknown)[0]!r}")
+        if values.get("distortion", "mse") not in ("mse", "ms-ssim"):
+            raise ValueError(f"{path}: distortion is \"mse\" or \"ms-ssim\", not {values['distortion']!r}")
         return cls(**values)
 
     def stage(self, done: float) -> dict[str, Any]:
@@ -78,16 +85,41 @@ class Recipe:
         return warm * (0.5 + 0.5 * math.cos(math.pi * t)) + 1e-3
 
 
-def rd_loss(codec: ImageCodec, x: Tensor, level: Tensor, power: float, model=None) -> tuple[Tensor, dict[str, Tensor]]:
+MS_SSIM_POWER = math.log(60.5 / 2.4) / math.log(0.0483 / 0.0018)  # lambdas of MLIC++ for MS-SSIM beside those for MSE
+MS_SSIM_FACTOR = 2.4 / 0.0018**MS_SSIM_POWER
+
+
+def dissimilarity(x: Tensor, y: Tensor) -> Tensor:
+    """1 - MS-SSIM (B,) of two batches; below 161 pixels over as many scales as fit."""
+    scales = sum((WINDOW - 1) * 2**n < min(x.shape[2:]) for n in range(len(MS_SSIM_WEIGHTS)))
+    return 1 - ms_ssim_tensor(x, y, scales=scales)
+
+
+def rd_loss(codec: ImageCodec, x: Tensor, level: Tensor, power: float, model=None,
+            distortion: str = "mse") -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Weighted rate-distortion loss (scalar) of x (B, 3, h, w) and detached figures per sample."""
     out = (model or codec)(x, level)
     pixels = x.shape[2] * x.shape[3]
     bpp = sum(out.bits.values()) / pixels
-    mse = (out.x_hat.float() - x).square().flatten(1).mean(1)
+    x_hat = out.x_hat.float()
+    mse = (x_hat - x).square().flatten(1).mean(1)
     lam = codec.lambda_of(level)
-    loss = (bpp + lam * 255**2 * mse) * lam**-power
+    if distortion == "mse":
+        cost = lam * 255**2 * mse
+    else:
+        cost = MS_SSIM_FACTOR * lam**MS_SSIM_POWER * dissimilarity(x_hat, x)
+    loss = (bpp + cost) * lam**-power
     parts = {f"bpp_{name}": bits.detach() / pixels for name, bits in out.bits.items()}
     return loss.mean(), {"bpp": bpp.detach(), "mse": mse.detach(), **parts}
+
+
+class Objective(torch.nn.Module):
+    """What a step minimises. Its parameters are trained beside the codec's, and kept in checkpoints only."""
+
+    def forward(self, codec: ImageCodec, x: Tensor, level: Tensor, recipe: Recipe, done: float,
+                model: Any = None) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """Loss (scalar) and figures for the log, of which ``bpp`` is always there. ``done``: fraction of the run."""
+        return rd_loss(codec, x, level, recipe.weight_power, model, recipe.distortion)
 
 
 @torch.no_grad()
@@ -138,8 +170,9 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 def train(codec: ImageCodec, stacks: list[Tensor], recipe: Recipe, out: Path, *, device: str = "cpu",
           resume: bool = False, init: Path | None = None, checkpoint_minutes: float = 4, compile_model: bool = False,
-          log_every: int = 100) -> None:  # fmt: skip
-    """Train until the recipe is done. Writes ``last.pt`` (everything) and ``log.jsonl`` below ``out``."""
+          log_every: int = 100, objective: Objective | None = None, until: float = 1.0) -> None:  # fmt: skip
+    """Train until this fraction of the recipe is done. Writes ``last.pt`` (everything), ``log.jsonl`` and ``progress.png``."""
+    objective = (objective or Objective()).to(device)
     out.mkdir(parents=True, exist_ok=True)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
@@ -154,19 +187,19 @@ def train(codec: ImageCodec, stacks: list[Tensor], recipe: Recipe, out: Path, *,
         start_at_klt(codec, stacks[-1][: recipe.klt_pictures].to(device))
     ema = deepcopy(codec).requires_grad_(False)
     opts = optimisers(codec, recipe.optimiser, recipe.lr, recipe.muon_lr)
+    if list(objective.parameters()):
+        opts += optimisers(objective, "adam", recipe.lr, recipe.muon_lr)
     step, spent = 0, 0.0
     if resume and (out / "last.pt").exists():
         state = torch.load(out / "last.pt", map_location=device, weights_only=True)
         codec.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
+        if objective.state_dict():
+            objective.load_state_dict(state["objective"])
         for opt, saved in zip(opts, state["optimisers"]):
             opt.load_state_dict(saved)
         step, spent = state["step"], state["seconds"]
-    model: Any = codec
-    if world > 1:
-        model = torch.nn.parallel.DistributedDataParallel(codec)
-    if compile_model:
-        model = torch.compile(model)
+    model: Any = None
     half = torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else nullcontext()
     held_out = stacks[-1][-16:]  # of the largest size; never seen by the crops below
     stacks = [*stacks[:-1], stacks[-1][:-16]]
@@ -178,19 +211,31 @@ def train(codec: ImageCodec, stacks: list[Tensor], recipe: Recipe, out: Path, *,
     def checkpoint() -> None:
         seconds = time.monotonic() - started
         save(out / "last.pt", {"model": codec.state_dict(), "ema": ema.state_dict(), "step": step, "seconds": seconds,
-                               "optimisers": [o.state_dict() for o in opts], "recipe": vars(recipe)})  # fmt: skip
+                               "objective": objective.state_dict(), "optimisers": [o.state_dict() for o in opts],
+                               "recipe": vars(recipe)})  # fmt: skip
         row = {"step": step, "minutes": seconds / 60, "validation": validate(ema, held_out)}
         log.write(json.dumps(row) + "\n")
         log.flush()
         print(json.dumps(row), flush=True)
+        plot_run(out)
 
     while True:
         done = max(step / recipe.steps, (time.monotonic() - started) / 60 / recipe.minutes)
-        if done >= 1:
+        if world > 1:  # clocks differ, and all must enter a stage, and end, at the same step
+            clock = torch.tensor([done], dtype=torch.float64, device=device)
+            dist.broadcast(clock, 0)
+            done = float(clock)
+        if done >= until:
             break
         if recipe.stage(done) is not stage:
             stage = recipe.stage(done)
             set_hard(codec, stage.get("hard", False))
+            model = codec
+            if world > 1:  # anew for each stage: it asks once which parameters are trained
+                model = torch.nn.parallel.DistributedDataParallel(codec, find_unused_parameters=True)
+            if compile_model:
+                model = torch.compile(model)
+            torch.manual_seed(recipe.seed * 1000 + rank + 7 * step)  # a run resumed here goes on like one that was not stopped
             crops = Crops(stacks, stage["batch"], stage["crop"], device, seed=recipe.seed * 1000 + rank + 7 * step)
         for opt in opts:
             for group in opt.param_groups:
@@ -200,7 +245,7 @@ def train(codec: ImageCodec, stacks: list[Tensor], recipe: Recipe, out: Path, *,
         level = (torch.arange(len(x)) + torch.rand(len(x))) / len(x) * LEVELS
         level = level[torch.randperm(len(x))].to(device)
         with half:
-            loss, figures = rd_loss(codec, x, level, recipe.weight_power, model)
+            loss, figures = objective(codec, x, level, recipe, done, model)
         for opt in opts:
             opt.zero_grad(set_to_none=True)
         loss.backward()
@@ -214,12 +259,11 @@ def train(codec: ImageCodec, stacks: list[Tensor], recipe: Recipe, out: Path, *,
             torch._foreach_lerp_(list(ema.parameters()), list(codec.parameters()), 1 - decay)
         step += 1
         pixels_seen += x.shape[0] * x.shape[2] * x.shape[3]
-        window.append((loss.detach(), figures["bpp"].mean(), figures["bpp_z"].mean() if "bpp_z" in figures else loss.new_zeros(()), norm))
+        window.append({"loss": loss.detach(), **{k: v.mean() for k, v in figures.items()}, "grad_norm": norm})
         if step % log_every == 0 and rank == 0:
-            mean = torch.stack([torch.stack(row) for row in window]).mean(0).tolist()
             now = time.monotonic()
-            row = {"step": step, "minutes": (now - started) / 60, "loss": mean[0], "bpp": mean[1], "bpp_z": mean[2],
-                   "grad_norm": mean[3], "lr_factor": recipe.rate(step, done),
+            means = {k: float(torch.stack([row[k] for row in window if k in row]).mean()) for k in window[-1]}
+            row = {"step": step, "minutes": (now - started) / 60, **means, "lr_factor": recipe.rate(step, done),
                    "mpx_per_s": pixels_seen / 1e6 / (now - window_start)}  # fmt: skip
             log.write(json.dumps(row) + "\n")
             print(" ".join(f"{k}={v:.4g}" for k, v in row.items()), flush=True)
@@ -231,6 +275,8 @@ def train(codec: ImageCodec, stacks: list[Tensor], recipe: Recipe, out: Path, *,
     if rank == 0:
         checkpoint()
         log.close()
+    if world > 1:
+        dist.destroy_process_group()
 
 
 def main(argv: list[str] | argparse.Namespace | None = None) -> int:
@@ -242,14 +288,20 @@ def main(argv: list[str] | argparse.Namespace | None = None) -> int:
         args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    name, _, preset = args.codec.partition(":")
-    codec = registry.codec_class(name).from_preset(preset or "light")
+    name, preset = registry.split(args.codec)
+    codec = registry.codec_class(name).from_preset(preset)
     recipe = Recipe.read(args.recipe, steps=args.steps, minutes=args.minutes, seed=args.seed, optimiser=args.optimiser,
                          lr=args.lr, muon_lr=args.muon_lr)  # fmt: skip
     device = args.device if args.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    objective, until = None, 1.0
+    if args.teacher or args.stage:
+        from .distill import set_up
+
+        objective, until = set_up(codec, recipe, args.teacher, args.stage, resumed=args.resume)
     stacks = load_folder(args.data, args.cache)
     train(codec, stacks, recipe, args.out, device=device, resume=args.resume, init=args.init,
-          checkpoint_minutes=args.checkpoint_minutes, compile_model=args.compile)  # fmt: skip
+          checkpoint_minutes=args.checkpoint_minutes, compile_model=args.compile, objective=objective,
+          until=until)  # fmt: skip
     return 0
 
 
@@ -268,6 +320,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pt")
     parser.add_argument("--init", type=Path, help="start from the averaged weights of this checkpoint, where shapes agree")
+    parser.add_argument("--teacher", help="distil from CODEC:PRESET[=checkpoint or weights file], frozen (see train/distill.py); "
+                                          "without it the codec learns alone")  # fmt: skip
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3), help="do this stage of the distillation and stop: feature "
+                        "alignment, channels by their bits, fine-tuning. Later ones go on with --resume")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
