@@ -181,6 +181,12 @@ class Freezable(nn.Module):
             setattr(self, name, None)
         self.frozen = True
 
+    def _thaw(self) -> dict[str, Tensor]:
+        """Float tensors, by the names of ``_float_names``, that stand for the integers; see ``thaw``."""
+        if self._float_names():
+            raise NotImplementedError(f"{type(self).__name__} cannot be thawed")
+        return {}
+
     def _need_frozen(self) -> None:
         if not self.frozen:
             raise RuntimeError("an exact layer computes on grids only after freeze()")
@@ -200,6 +206,20 @@ def freeze(module: nn.Module) -> None:
             child.set_frozen(child._freeze())
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+
+
+@torch.no_grad()
+def thaw(module: nn.Module) -> nn.Module:
+    """Give every frozen layer below ``module`` float weights again, those that its integers stand for; ``module``.
+
+    The float path then follows the exact one within its rounding, and gradients flow through it: for an encoder that
+    searches. The weights are constants, and the integers stay in place. To be done to a copy: the weights would otherwise
+    be stored with the codec.
+    """
+    for _, child in _freezables(module):
+        for name, tensor in child._thaw().items():
+            setattr(child, name, nn.Parameter(tensor.float(), requires_grad=False))
+    return module
 
 
 def frozen_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -276,6 +296,10 @@ class ExactAffine(Freezable):
         if self.bound() >= FLOAT64_EXACT:
             raise ValueError(f"sums can reach {self.bound():.3g}, beyond 2**53: this layer cannot be exact")
         self._cache: dict[tuple, Tensor] = {}
+
+    def _thaw(self) -> dict[str, Tensor]:
+        weight = {"weight": self.weight_q * 2.0**-self.shift}
+        return weight | {"bias": self.bias_q * 2.0**-ACT_FRAC} if "bias" in self._float_names() else weight
 
     def _reach(self, weight: Tensor) -> Tensor:
         """Sum of |weight| over all that one output can see, int64 (out,)."""

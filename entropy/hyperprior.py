@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from ..container.errors import CorruptStream
 from ..nn.blocks import LevelAffine, knot_weights
-from .coder import Decoder, Encoder
 from .context.checkerboard import anchor_mask, positions
 from .context.slices import ConvSlice, SliceModel
 from .exact import ACT_FRAC, ACT_MAX, ExactConv2d, ExactReLU, Freezable, Grid, bounded, pixel_shuffle, shift_round
@@ -33,6 +32,9 @@ from .factorized import FactorizedPrior
 from .gaussian import SCALE_CLASSES, SCALE_MIN, SCALE_STEP, gaussian_likelihood, student_tables
 from .levels import LevelBias, interpolate
 from .tables import Tables
+
+if TYPE_CHECKING:
+    from .coder import Encoder  # its library is for coding: training does without
 
 GAIN_KNOTS = 33  # knots of the frozen gain tables, linear in the step size between them
 STEP_FRAC = 20  # grid of the frozen step sizes 1/gain
@@ -91,6 +93,7 @@ class ContextHyperprior(Freezable):
         self.cfg = cfg
         self._build_hyper(cfg)
         self.prior = FactorizedPrior(cfg.hyper)
+        self.rounding = round_ste  # of v = (y - mu) * gain to symbols; an encoder that searches puts its own here
         self.rounded_rate = False  # training only: take the rate of y at rounded symbols instead of noisy ones
         self.models = nn.ModuleList()
         known = 0
@@ -119,6 +122,11 @@ class ContextHyperprior(Freezable):
         with torch.no_grad():
             self.h_a[-1].weight.mul_(4)
 
+    @staticmethod
+    def likelihood(symbols: Tensor, log_scale: Tensor) -> Tensor:
+        """Of real symbols (q, or v with noise) given the log of their scale in steps, all (B, M, h, w)."""
+        return gaussian_likelihood(symbols, log_scale)
+
     def encoder_parts(self) -> list[nn.Module]:
         """Modules that only the encoder runs: they rest in hard stages of the training."""
         return [self.h_a, self.h_a_level, self.z_gain]
@@ -133,19 +141,23 @@ class ContextHyperprior(Freezable):
         f = self.relu(self.h_s2(self.relu(f)))
         return self.relu(pixel_shuffle(self.h_s3(f), 2))
 
-    def forward(self, y: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, y: Tensor, level: Tensor, z_hat: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """y (B, M, h, w) with h, w multiples of 4, level (B,) -> (y^, bits of y (B,), bits of z (B,)).
 
         Rates are taken with additive uniform noise (see ``rounded_rate``), values pass on with straight-through rounding.
+        With ``z_hat`` (B, hyper, h/4, w/4) given, z is not computed, and its bits are said to be 0.
         """
         cfg, batch = self.cfg, len(y)
-        log_gain = (knot_weights(level, cfg.knots, cfg.levels) @ self.log_gain)[:, :, None, None]
-        z = self.hyper_analysis(y, level)
-        z_bits = -torch.log2(self.prior.likelihood(z + torch.rand_like(z) - 0.5)).reshape(batch, -1).sum(1)
-        f = self.hyper_synthesis(round_ste(z), level)
+        log_gain = (knot_weights(level, len(self.log_gain), cfg.levels) @ self.log_gain)[:, :, None, None]
+        z_bits = y.new_zeros(batch)
+        if z_hat is None:
+            z = self.hyper_analysis(y, level)
+            z_bits = -torch.log2(self.prior.likelihood(z + torch.rand_like(z) - 0.5)).reshape(batch, -1).sum(1)
+            z_hat = round_ste(z)
+        f = self.hyper_synthesis(z_hat, level)
         anchors = anchor_mask(*y.shape[2:], y.device)
         done: list[Tensor] = []
-        rated, scales = [], []
+        rated, scales, counted = [], [], []
         for model, target, slice_log_gain in zip(self.models, y.split(cfg.slices, 1), log_gain.split(cfg.slices, 1)):
             gain = slice_log_gain.exp()
             state = model.prepare(f, done, level)
@@ -153,21 +165,28 @@ class ContextHyperprior(Freezable):
             for half, mask in enumerate((anchors, 1 - anchors)):
                 t, mu, s = model.parameters_at(state, current, half, level, None)
                 v = (target - mu) * gain
-                q = round_ste(v)
+                q = self.rounding(v)
+                c = model.coded(state, mu, s + slice_log_gain / SCALE_STEP, v, half, None)
+                c = None if c is None else c * mask
+                q = q if c is None else q * c
                 base = current if half else torch.zeros_like(target)
                 value = base + (mu + q / gain) * mask if model.spatial_residual else None
                 r = model.residual(state, t, q, value, half, None)
+                r = r if c is None else r * c
                 current = base + (mu + (q + r) / gain) * mask
                 symbol = q if self.rounded_rate else v + torch.rand_like(v) - 0.5
+                counted.append(c)
                 if half == 0:
                     first, first_s = symbol * mask, s * mask
             rated.append(first + symbol * mask)
             kept_s = first_s + s * mask
             scales.append(math.log(SCALE_MIN) + SCALE_STEP * kept_s + slice_log_gain)
             done.append(current)
-        likelihood = gaussian_likelihood(torch.cat(rated, 1), torch.cat(scales, 1))
-        y_bits = -torch.log2(likelihood).reshape(batch, -1).sum(1)
-        return torch.cat(done, 1), y_bits, z_bits
+        likelihood = self.likelihood(torch.cat(rated, 1), torch.cat(scales, 1))
+        bits = -torch.log2(likelihood)
+        if counted[0] is not None:
+            bits = bits * torch.cat([a + b for a, b in zip(counted[::2], counted[1::2])], 1)
+        return torch.cat(done, 1), bits.reshape(batch, -1).sum(1), z_bits
 
     # The frozen side. Everything from here on is integers, except y itself on its way into the encoder.
 
@@ -183,6 +202,9 @@ class ContextHyperprior(Freezable):
         self.set_tables(self.prior.tables(), student_tables())
         return {"step_q": step.to(torch.int32), "offset_q": offset.to(torch.int32)}
 
+    def _thaw(self) -> dict[str, Tensor]:
+        return {"log_gain": self.offset_q * (SCALE_STEP * 2.0**-ACT_FRAC)}
+
     def set_tables(self, z: Tables, y: Tables) -> None:
         """Integer tables of z (a row per channel) and y (a row per scale class); the float prior is dropped."""
         if len(z) != self.cfg.hyper or len(y) != SCALE_CLASSES:
@@ -192,8 +214,8 @@ class ContextHyperprior(Freezable):
     def _code(self, z: Tensor, level: int, symbols) -> Tensor:
         """The coding order, shared by both sides: y^ (1, M, 4h, 4w) float64 on the grid 2**-ACT_FRAC.
 
-        ``symbols(channels, positions, mu, step, index)`` gives the integers q (1, channels, n) of a pass:
-        the encoder makes and codes them, the decoder reads them.
+        ``symbols(channels, positions, mu, step, index, coded)`` gives the integers q (1, channels, n) of a pass: the encoder
+        makes and codes them, the decoder reads them. ``coded`` says which; the others are zero.
         """
         cfg, device = self.cfg, z.device
         h, w = 4 * z.shape[2], 4 * z.shape[3]
@@ -211,13 +233,15 @@ class ContextHyperprior(Freezable):
                     continue
                 t, mu, s = model.parameters_at(state, current if half else None, half, level, where)
                 index = shift_round(s.q + offset[:, mine], ACT_FRAC).clamp(0, SCALE_CLASSES - 1)
-                q = symbols(mine, where, mu, step[:, mine], index)
+                coded = model.coded(state, mu, Grid(s.q + offset[:, mine]), None, half, where)
+                q = symbols(mine, where, mu, step[:, mine], index, coded)
                 value = None
                 if model.spatial_residual:
                     plain = y_hat[:, mine].clone()
                     plain[:, :, where] = self._value(mu, Grid(q * 2.0**ACT_FRAC), step[:, mine])
                     value = Grid(plain.reshape(1, -1, h, w))
                 r = model.residual(state, t, q, value, half, where)
+                r = r if coded is None else r.masked(coded)
                 y_hat[:, mine, where] = self._value(mu, Grid(q * 2.0**r.frac + r.q, r.frac), step[:, mine])
             done.append(current)
             first += channels
@@ -240,6 +264,8 @@ class ContextHyperprior(Freezable):
         The same y and z give the same payload on every machine: y - mu and its quotient by the step are single, correctly
         rounded float64 operations.
         """
+        from .coder import Encoder
+
         return self._encode(y, z, level, Encoder())
 
     def ideal_bits(self, y: Tensor, z: Tensor, level: int) -> float:
@@ -253,9 +279,12 @@ class ContextHyperprior(Freezable):
         encoder.put(*_flat(z), self.z_tables)
         latent = y.double().reshape(1, y.shape[1], -1)
 
-        def make(mine: slice, where: Tensor, mu: Grid, step: Tensor, index: Tensor) -> Tensor:
+        def make(mine: slice, where: Tensor, mu: Grid, step: Tensor, index: Tensor, coded: Tensor | None) -> Tensor:
             v = (latent[:, mine, where] - mu.value()) / (step * 2.0**-STEP_FRAC)
             q = torch.round(v).nan_to_num(0).clamp(-SYMBOL_MAX, SYMBOL_MAX)
+            if coded is not None:
+                encoder.put(_host(q[coded]), _host(index[coded]).astype(np.uint8), self.y_tables)
+                return q * coded
             encoder.put(_host(q), _host(index).astype(np.uint8), self.y_tables)
             return q
 
@@ -265,6 +294,8 @@ class ContextHyperprior(Freezable):
     @torch.no_grad()
     def decompress(self, payload: bytes, h: int, w: int, level: int) -> Tensor:
         """Inverse of ``compress``: y^ (1, M, h, w) float32. CorruptStream on damage."""
+        from .coder import Decoder
+
         device = self.step_q.device
         shape = (1, self.cfg.hyper, h // 4, w // 4)
         decoder = Decoder(payload)
@@ -273,11 +304,14 @@ class ContextHyperprior(Freezable):
             raise CorruptStream("entropy payload: a hyper-latent is out of range")
         z = torch.from_numpy(z).reshape(shape).to(device)
 
-        def read(mine: slice, where: Tensor, mu: Grid, step: Tensor, index: Tensor) -> Tensor:
-            q = decoder.get(_host(index).astype(np.uint8), self.y_tables)
-            if np.abs(q).max() > SYMBOL_MAX:
+        def read(mine: slice, where: Tensor, mu: Grid, step: Tensor, index: Tensor, coded: Tensor | None) -> Tensor:
+            q = decoder.get(_host(index if coded is None else index[coded]).astype(np.uint8), self.y_tables)
+            if np.abs(q).max(initial=0) > SYMBOL_MAX:
                 raise CorruptStream("entropy payload: a symbol is out of range")
-            return torch.from_numpy(q).reshape(mu.shape).to(device, torch.float64)
+            read = torch.from_numpy(q).to(device, torch.float64)
+            if coded is None:
+                return read.reshape(mu.shape)
+            return torch.zeros_like(mu.q).masked_scatter_(coded, read)
 
         y_hat = self._code(z, level, read)
         decoder.finish()

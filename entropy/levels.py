@@ -34,6 +34,9 @@ class LevelBias(Freezable):
     def _freeze(self) -> dict[str, Tensor]:
         return {"table_q": torch.round(self.table * 2**ACT_FRAC).clamp(-ACT_MAX, ACT_MAX).to(torch.int32)}
 
+    def _thaw(self) -> dict[str, Tensor]:
+        return {"table": self.table_q * 2.0**-ACT_FRAC}
+
     def forward(self, level: Tensor | int) -> Tensor | Grid:
         """level (B,) -> (B, channels, 1, 1); an integer level, once frozen -> grid (1, channels, 1, 1)."""
         if isinstance(level, int):

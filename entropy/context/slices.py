@@ -6,6 +6,7 @@ same words:
 
     state     = prepare(features, done, level)                       once per slice, before anything of it is known
     t, mu, s  = parameters(state, current, half, level, where)       once per pass
+    c         = coded(state, mu, scale, v, half, where)              which symbols are coded; None for all of them
     r         = residual(state, t, q, value, half, where)            once its symbols q are known
 
     features  hyper features f of h_s (B, F, h, w)
@@ -15,6 +16,9 @@ same words:
     where     None: maps come back. Flat positions (n,): grids (1, C, n) at these come back
     t         whatever ``residual`` wants to see again; the loop hands it on unseen
     mu, s     mean in the domain of y, and scale in rows of the scale table (without the gain), c channels each
+    scale     s with the gain: how many rows of the table the symbols really take
+    v         in training what would be coded, in steps; None on the exact side, which does not know it
+    c         mask, shaped like mu: a symbol that is not coded is zero, without a correction, and costs nothing
     q         symbols, shaped like mu: a tensor of integers
     value     (B, c, h, w): current with mu + q/gain where it was just coded; None unless ``spatial_residual``
     r         correction in steps, -0.5..0.5, shaped like mu; a grid on half the usual step
@@ -68,6 +72,9 @@ class SliceModel(nn.Module):
     def parameters_at(self, state: Any, current: Map | None, half: int, level: Tensor | int,
                       where: Tensor | None) -> tuple[Any, Map, Map]:  # fmt: skip
         raise NotImplementedError
+
+    def coded(self, state: Any, mu: Map, scale: Map, v: Tensor | None, half: int, where: Tensor | None) -> Tensor | None:
+        return None
 
     def residual(self, state: Any, t: Any, q: Tensor, value: Map | None, half: int, where: Tensor | None) -> Map:
         raise NotImplementedError

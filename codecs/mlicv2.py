@@ -1,0 +1,154 @@
+"""MLIC++, MLICv2 and, at encode time, MLICv2+: multi-reference entropy models.
+
+    x --g_a--> y --MlicHyperprior--> y^ --g_s--> x^
+
+MLIC++ (Jiang et al. 2023): 10 slices of 32 channels, each in two checkerboard passes, that refer to earlier slices (channel,
+inter), to the slice itself (local, intra) and to the hyper features; see ``entropy.context.mlic``. MLICv2 (Jiang et al.
+2025) adds, each a switch of the Config: token-mixing transform blocks (``mixing``), a global guide for the first slice,
+channel reweighting, a rotary embedding, and guided selective compression. MLICv2+ anneals the latent (``codecs.anneal``).
+
+``paper`` and ``paper-v1`` are the published sizes, v1 that of MLIC++: 83,501,408 parameters but for what variable quality
+and our prior of z add. The small presets keep the contexts in fewer, wider slices, and put the mixing blocks into the
+skeleton of ``nn.transforms``. Our checkerboard starts with even positions, MLIC's with odd ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..entropy.context.mlic import MlicConfig, MlicSlice
+from ..entropy.context.mlic_parts import hyper_analysis, hyper_synthesis
+from ..entropy.exact import Grid, bounded
+from ..entropy.hyperprior import ContextHyperprior
+from ..entropy.levels import LevelBias
+from ..nn.blocks import LevelAffine, ResidualBlock, Upsample
+from ..nn.mixing import TokenMixing
+from ..nn.residual import GeluBlock, StridedBlock, UpsamplingBlock
+from ..nn.transforms import PatchAnalysis, PatchSynthesis, patch_margins
+from .base import LatentCodec
+
+
+class MlicHyperprior(ContextHyperprior):
+    """The coding loop with the slice models of MLIC, and with its hyper nets where the config says so."""
+
+    slice_model = MlicSlice
+
+    def _build_hyper(self, cfg: MlicConfig) -> None:
+        if not cfg.published_hyper:
+            super()._build_hyper(cfg)
+            return
+        if cfg.features != 2 * cfg.channels:
+            raise ValueError("the published hyper synthesis gives twice the channels of y")
+        self.h_a_level = LevelAffine(cfg.channels, cfg.knots, cfg.levels)
+        self.h_a = hyper_analysis(cfg.channels, cfg.width, cfg.hyper)
+        self.z_gain = LevelAffine(cfg.hyper, cfg.knots, cfg.levels)
+        self.h_s_bias = LevelBias(cfg.features, cfg.knots, cfg.levels)
+        self.h_s = hyper_synthesis(cfg.hyper, cfg.channels)
+
+    def hyper_synthesis(self, z_hat: Tensor | Grid, level: Tensor | int) -> Tensor | Grid:
+        if not self.cfg.published_hyper:
+            return super().hyper_synthesis(z_hat, level)
+        return bounded(self.h_s(z_hat) + self.h_s_bias(level))
+
+
+class StridedAnalysis(nn.Module):
+    """The published g_a: x (B, 3, H, W) -> y (B, M, H/16, W/16) through H/2, H/4 and H/8 of ``width`` channels."""
+
+    def __init__(self, width: int, mixing: bool, latent: Any):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for channels in (3, width, width):
+            layers += [StridedBlock(channels, width), *_residual(width, mixing)]
+        self.level = LevelAffine(width, latent.knots, latent.levels)
+        self.body = nn.Sequential(*layers)
+        self.out = nn.Conv2d(width, latent.channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        return self.out(self.level(self.body(x - 0.5), level))
+
+
+class StridedSynthesis(nn.Module):
+    """The published g_s: y^ (B, M, H/16, W/16) -> x^ (B, 3, H, W)."""
+
+    def __init__(self, width: int, mixing: bool, latent: Any):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for channels in (latent.channels, width, width):
+            layers += [*_residual(channels, mixing), UpsamplingBlock(channels, width)]
+        self.level = LevelAffine(latent.channels, latent.knots, latent.levels)
+        self.body = nn.Sequential(*layers, *_residual(width, mixing), Upsample(width, 3, kernel=3))
+
+    def forward(self, y_hat: Tensor, level: Tensor) -> Tensor:
+        return self.body(self.level(y_hat, level)) + 0.5
+
+
+def _residual(channels: int, mixing: bool) -> list[nn.Module]:
+    """The residual block of MLIC++, or the two blocks that MLICv2 has in its place."""
+    return [TokenMixing(channels), TokenMixing(channels)] if mixing else [GeluBlock(channels)]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Widths at H/4 and H/8 (or one width, of the published transform), blocks at H/4, H/8, H/16 of either side."""
+
+    widths: tuple[int, ...]
+    latent: MlicConfig
+    encoder_blocks: tuple[int, int, int] = (0, 0, 0)
+    decoder_blocks: tuple[int, int, int] = (0, 0, 0)
+    mixing: bool = True
+
+
+_SMALL = {"gelu": False, "centre": True, "shared": True, "mlp": False, "project": 1, "residual_kernel": 1,
+          "rope": True, "inter_head": 16}  # fmt: skip
+_PUBLISHED = MlicConfig((32,) * 10, hyper=192, width=192, features=640, published_hyper=True,
+                        channel=((192, 3), (128, 3), (128, 3)), local=64, inter=64, intra=64)  # fmt: skip
+_PAPER = replace(_PUBLISHED, rope=True, guide=64, reweight=True)
+
+
+class MLICv2(LatentCodec):
+    name = "mlicv2"
+    presets = {
+        "test": Config((16, 16), encoder_blocks=(1, 0, 0), decoder_blocks=(1, 1, 0),
+                       latent=MlicConfig((8, 8, 16), hyper=8, width=16, features=16, channel=((8, 1), (16, 3)), local=8,
+                                         inter=8, intra=8, attention=16, head=8, window=3, entropy=(16, 16), residual=(8,),
+                                         guide=8, reweight=True, **_SMALL | {"inter_head": 8})),
+        "light": Config((64, 96), encoder_blocks=(2, 2, 0), decoder_blocks=(2, 3, 0),
+                        latent=MlicConfig((32, 48, 80, 128), hyper=32, width=56, features=56, channel=((40, 1), (56, 3)),
+                                          local=48, inter=16, intra=0, attention=32, entropy=(64, 72), residual=(40,),
+                                          guide=16, **_SMALL)),
+        "base": Config((96, 192), encoder_blocks=(3, 4, 0), decoder_blocks=(3, 4, 0),
+                       latent=MlicConfig((16, 32, 64, 80, 128), hyper=96, width=128, features=192,
+                                         channel=((128, 1), (160, 3)), local=96, inter=32, intra=32, attention=64,
+                                         entropy=(224, 192), residual=(128,), guide=32, **_SMALL)),
+        "paper": Config((192,), _PAPER),
+        "paper-v1": Config((192,), _PUBLISHED, mixing=False),
+    }  # fmt: skip
+
+    def __init__(self, config: Config, preset: str = "custom"):
+        super().__init__(config, preset)
+        latent = config.latent
+        if len(config.widths) == 1:
+            width = config.widths[0]
+            self.g_a, self.g_s = (side(width, config.mixing, latent) for side in (StridedAnalysis, StridedSynthesis))
+            reach, self.synthesis_margin = _published_margins(config.mixing)
+        else:
+            # at H/4 a mixing block takes 1.8 times as long to train as a plain one, for less than half of its products
+            late = TokenMixing if config.mixing else ResidualBlock
+            blocks = (ResidualBlock, late, late)
+            self.g_a = PatchAnalysis(config.widths, config.encoder_blocks, latent, blocks)
+            self.g_s = PatchSynthesis(config.widths, config.decoder_blocks, latent, blocks)
+            sees = TokenMixing.reach if config.mixing else 2
+            reach, self.synthesis_margin = patch_margins(config.encoder_blocks, config.decoder_blocks, sees)
+        self.analysis_margin = -(-reach // self.tile_multiple) * self.tile_multiple
+        self.latent = MlicHyperprior(latent)
+
+
+def _published_margins(mixing: bool) -> tuple[int, int]:
+    """(pixels, cells) that the published transforms see beyond a tile."""
+    block = 2 * TokenMixing.reach if mixing else 2
+    # a strided block sees 1 at its input and 1 at its output; an upsampling block the same
+    pixels = 1 + 2 * (1 + block + 1) + 4 * (1 + block + 1) + 8 * (1 + block + 1)
+    return pixels, -(-(16 * (block + 1) + 8 * (1 + block + 1) + 4 * (1 + block + 1) + 2 * (1 + block + 1)) // 16)
