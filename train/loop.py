@@ -320,7 +320,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pt")
     parser.add_argument("--init", type=Path, help="start from the averaged weights of this checkpoint, where shapes agree")
-    parser.add_argument("--teacher", help="distil from CODEC:PRESET[=checkpoint or weights file], frozen (see train/distill.py); "
+    parser.add_argument("--teacher", help="distil from CODEC:PRESET[=checkpoint or weights], frozen (see train/distill.py); "
                                           "without it the codec learns alone")  # fmt: skip
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), help="do this stage of the distillation and stop: feature "
                         "alignment, channels by their bits, fine-tuning. Later ones go on with --resume")  # fmt: skip
