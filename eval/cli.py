@@ -8,7 +8,7 @@ from pathlib import Path
 
 COMMANDS = {
     "eval": (".run", "rate and quality of models and peers over a data set"),
-    "plot": (".plot", "draw the results of eval"),
+    "plot": (".plot", "draw the results of eval, or where a model spends its bits"),
     "fetch": ("..datasets.fetch", "download data sets, or list them"),
 }
 KINDS = ("image", "video", "grid", "bytes")
@@ -70,11 +70,15 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
 def plot_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``codec plot``."""
     add = parser.add_argument
-    add("results", nargs="+", type=Path, metavar="DIR|FILE", help="folders or JSON files that eval wrote")
+    add("results", nargs="+", type=Path, metavar="DIR|FILE",
+        help="folders or JSON files that eval wrote; a picture for channels and rate-map")  # fmt: skip
     add("--out", "-o", type=Path, default=Path("plot.svg"), metavar="FILE",
         help="picture to write, by its suffix svg, pdf or png (default %(default)s)")  # fmt: skip
-    add("--what", choices=("rd", "rd-ms-ssim", "speed"), default="rd",
-        help="rd: PSNR against rate; rd-ms-ssim: MS-SSIM; speed: BD-rate against decode time (default rd)")  # fmt: skip
+    add("--what", choices=("rd", "rd-ms-ssim", "speed", "channels", "rate-map"), default="rd",
+        help="rd: quality against rate; rd-ms-ssim: MS-SSIM; speed: BD-rate against decode time; channels: bits of each "
+             "channel of the latent; rate-map: bits over the picture (default rd)")  # fmt: skip
+    add("--codec", metavar="MODEL", help="model for channels and rate-map (default: that of `codec encode`)")
+    add("-q", "--quality", type=float, default=50.0, metavar="Q", help="quality for channels and rate-map (default 50)")
     add("--published", nargs="*", metavar="CURVE",
         help="published curves to draw dashed (default: some of the data set's; none with an empty list)")  # fmt: skip
     add("--title", help="title of the plot")
