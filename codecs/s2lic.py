@@ -147,9 +147,9 @@ class S2LIC(LatentCodec):
         "light": Config((64, 96), (32, 16, 3), heads=3, ratio=2, bias_width=64, latent=AcgcConfig(
             (32, 48, 80, 128), hyper=32, width=56, features=56, squeeze=32, branch=40, channel=32, inter=16, head=16,
             local=32, kernel=3, parameters=(72, 72), residual=(40,), samples=256, smooth=False)),
-        "base": Config((96, 192), (64, 32, 5), depth=4, heads=6, latent=AcgcConfig(
-            (16, 32, 64, 208), hyper=96, width=128, features=192, squeeze=96, branch=128, channel=64, inter=32, head=32,
-            local=64, kernel=5, parameters=(224, 192), residual=(128,))),
+        "base": Config((96, 192), (64, 32, 5), depth=4, heads=6, ratio=2, latent=AcgcConfig(
+            (16, 32, 64, 208), hyper=96, width=128, features=192, squeeze=96, branch=96, channel=64, inter=32, head=32,
+            local=48, kernel=5, parameters=(224, 192), residual=(128,))),
         "paper": Config((192, 192), (64, 32, 5), published=True, latent=AcgcConfig(
             (32,) * 10, hyper=192, width=192, features=640, squeeze=0, branch=128, channel=64, inter=32, head=32, local=64,
             kernel=5, parameters=(320, 256, 128), residual=(224, 128), spatial_residual=True, mlic_hyper=True)),

@@ -15,38 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import ChannelNorm
+from .windows import cut_windows, merge_windows, relative_index, window_mask
 
 LOGIT_MAX = math.log(100.0)  # of the log of 1/temperature
 BIAS_REACH = 16.0  # the position bias lies in 0..16
-MASKED = -100.0
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept must also serve training
-def region_mask(h: int, w: int, window: int, shift: int, device: torch.device | str = "cpu") -> Tensor | None:
-    """(windows, 1, n*n, n*n) float32 for maps padded to h x w: MASKED between tokens that only the cyclic shift made
-    neighbours. None without a shift."""
-    if not shift:
-        return None
-    region = torch.zeros(h, w)
-    for rows in (slice(-window, -shift), slice(-shift, None)):
-        region[rows] += 1
-    for columns in (slice(-window, -shift), slice(-shift, None)):
-        region[:, columns] += 3
-    cut = region.reshape(h // window, window, w // window, window).transpose(1, 2).reshape(-1, window * window)
-    return torch.where(cut[:, None] == cut[:, :, None], 0.0, MASKED)[:, None].to(device)
 
 
 @lru_cache(maxsize=16)
-@torch.inference_mode(False)
-def relative_offsets(window: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Log-spaced offsets ((2n-1)**2, 2), and their row for each pair of tokens of a window (n*n, n*n)."""
+@torch.inference_mode(False)  # what is kept must also serve training
+def log_offsets(window: int, device: torch.device | str = "cpu") -> Tensor:
+    """((2n-1)**2, 2): rows and columns between two tokens of a window, on a log scale, in the order of ``relative_index``."""
     steps = torch.arange(1 - window, window, dtype=torch.float32) * (8 / max(window - 1, 1))
     logs = steps.sign() * torch.log2(steps.abs() + 1) / 3
-    table = torch.cartesian_prod(logs, logs)
-    row, column = torch.cartesian_prod(torch.arange(window), torch.arange(window)).T
-    apart_r, apart_c = row[:, None] - row + window - 1, column[:, None] - column + window - 1
-    return table.to(device), (apart_r * (2 * window - 1) + apart_c).to(device)
+    return torch.cartesian_prod(logs, logs).to(device)
 
 
 class CosineWindowAttention(nn.Module):
@@ -68,51 +49,21 @@ class CosineWindowAttention(nn.Module):
 
     def position_bias(self) -> Tensor:
         """(heads, n*n, n*n)."""
-        table, index = relative_offsets(self.window, self.proj.weight.device)
-        return (BIAS_REACH * torch.sigmoid(self.cpb_mlp(table))).T[:, index]
+        device = self.proj.weight.device
+        bias = BIAS_REACH * torch.sigmoid(self.cpb_mlp(log_offsets(self.window, device)))
+        return bias.T[:, relative_index(self.window, device)]
 
     def forward(self, x: Tensor) -> Tensor:
-        (b, c, h, w), n, heads = x.shape, self.window, self.heads
+        (b, c, h, w), n = x.shape, self.window
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.conv2d(x, self.qkv.weight, bias).permute(0, 2, 3, 1)
-        if h % n or w % n:
-            qkv = F.pad(qkv, (0, 0, 0, -w % n, 0, -h % n))
-        if self.shift:
-            qkv = qkv.roll((-self.shift, -self.shift), (1, 2))
-        high, wide = qkv.shape[1:3]
-        rows, columns = high // n, wide // n
-        tokens = qkv.reshape(b, rows, n, columns, n, 3, heads, c // heads).permute(5, 0, 1, 3, 6, 2, 4, 7)
-        q, k, v = tokens.reshape(3, b, rows * columns, heads, n * n, c // heads)
-        bias = self.position_bias()[None]
-        if (mask := self.mask(h, w, high, wide, x.device)) is not None:
-            bias = bias + mask
-        q = F.normalize(q, dim=-1) * self.logit_scale.clamp(max=LOGIT_MAX).exp()
-        scores = q @ F.normalize(k, dim=-1).transpose(-1, -2) + bias
-        seen = scores.softmax(-1) @ v  # (B, windows, heads, n*n, C/heads)
-        seen = seen.reshape(b, rows, columns, heads, n, n, c // heads).permute(0, 1, 4, 2, 5, 3, 6)
-        seen = seen.reshape(b, high, wide, c)
-        if self.shift:
-            seen = seen.roll((self.shift, self.shift), (1, 2))
-        return self.proj(seen[:, :h, :w].permute(0, 3, 1, 2))
-
-    def mask(self, h: int, w: int, high: int, wide: int, device: torch.device) -> Tensor | None:
-        """Mask of a map of h x w padded to high x wide; None where every token of a window sees every other."""
-        mask = region_mask(high, wide, self.window, self.shift, device)
-        if (h, w) == (high, wide):
-            return mask
-        padding = padding_mask(h, w, high, wide, self.window, self.shift, device)
-        return padding if mask is None else mask + padding
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def padding_mask(h: int, w: int, high: int, wide: int, window: int, shift: int, device: torch.device | str) -> Tensor:
-    """(windows, 1, 1, n*n): MASKED at the keys beyond h x w."""
-    inside = torch.zeros(high, wide)
-    inside[:h, :w] = 1
-    inside = inside.roll((-shift, -shift), (0, 1))
-    cut = inside.reshape(high // window, window, wide // window, window).transpose(1, 2)
-    return torch.where(cut.reshape(-1, window * window) > 0, 0.0, MASKED)[:, None, None].to(device)
+        tokens = cut_windows(F.conv2d(x, self.qkv.weight, bias), n, self.shift)
+        q, k, v = tokens.reshape(b, -1, 3, self.heads, c // self.heads, n * n).unbind(2)  # (B, windows, heads, C/heads, n*n)
+        q = F.normalize(q, dim=-2) * self.logit_scale.clamp(max=LOGIT_MAX).exp()
+        scores = q.transpose(-1, -2) @ F.normalize(k, dim=-2) + self.position_bias()
+        if (mask := window_mask(h, w, n, self.shift, x.device)) is not None:
+            scores = scores + mask
+        seen = v @ scores.softmax(-1).transpose(-1, -2)
+        return self.proj(merge_windows(seen.reshape(b, -1, c, n * n), h, w, n, self.shift))
 
 
 class SwinV2Block(nn.Module):

@@ -10,67 +10,33 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...nn.windows import cut_windows, merge_windows, relative_index, window_mask
 from ..exact import ACT_FRAC, ExactConv2d, Freezable, Grid, bounded, matmul, quantise
 from ..exact_tables import ExactGELU, ExactLayerNorm, ExactSoftmax
 
 Map = Tensor | Grid
-MASKED = -100.0  # added to a score, it leaves less than half a step of a probability
 
 
 def windows(x: Map, n: int, shift: int = 0) -> Map:
-    """(B, C, h, w) -> tokens of n x n windows (B, windows, C, n*n), row by row; zeros pad at the right and the bottom."""
-    if isinstance(x, Grid):
-        return x.move(lambda q: windows(q, n, shift))
-    b, c, h, w = x.shape
-    x = F.pad(x, (0, -w % n, 0, -h % n)) if h % n or w % n else x
-    x = x.roll((-shift, -shift), (2, 3)) if shift else x
-    rows, columns = x.shape[2] // n, x.shape[3] // n
-    return x.reshape(b, c, rows, n, columns, n).permute(0, 2, 4, 1, 3, 5).reshape(b, rows * columns, c, n * n)
+    """(B, C, h, w) -> tokens of n x n windows (B, windows, C, n*n)."""
+    return x.move(lambda q: cut_windows(q, n, shift)) if isinstance(x, Grid) else cut_windows(x, n, shift)
 
 
 def merge(tokens: Map, h: int, w: int, n: int, shift: int = 0) -> Map:
     """Inverse of ``windows`` for a map of h x w; the padding is dropped."""
     if isinstance(tokens, Grid):
-        return tokens.move(lambda q: merge(q, h, w, n, shift))
-    b, c, rows, columns = tokens.shape[0], tokens.shape[2], -(-h // n), -(-w // n)
-    x = tokens.reshape(b, rows, columns, c, n, n).permute(0, 3, 1, 4, 2, 5).reshape(b, c, rows * n, columns * n)
-    x = x.roll((shift, shift), (2, 3)) if shift else x
-    return x[:, :, :h, :w]
+        return tokens.move(lambda q: merge_windows(q, h, w, n, shift))
+    return merge_windows(tokens, h, w, n, shift)
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # what is kept must also serve training
-def window_mask(h: int, w: int, n: int, shift: int, device: torch.device | str = "cpu") -> Tensor:
-    """(windows, 1, n*n, n*n) float32, query x key: 0 where the key lies in the map, as far from the query as it stands in
-    the window; MASKED elsewhere."""
-    high, wide = -(-h // n) * n, -(-w // n) * n
-    row, column = torch.meshgrid(torch.arange(high), torch.arange(wide), indexing="ij")
-    place = windows(torch.stack([row, column])[None].float(), n, shift)[0]  # (windows, 2, n*n): where the tokens come from
-    slot = windows(torch.stack([row, column])[None].float(), n)[0]
-    beside = ((place[:, :, :, None] - place[:, :, None]) == (slot[:, :, :, None] - slot[:, :, None])).all(1)
-    inside = (place[:, 0] < h) & (place[:, 1] < w)
-    allowed = beside & inside[:, None]
-    return torch.where(allowed, 0.0, MASKED)[:, None].to(device)
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
 def _exact_mask(h: int, w: int, n: int, shift: int, device: torch.device | str = "cpu") -> Grid | None:
-    """``window_mask`` as a grid; None where it masks nothing."""
+    """``window_mask`` as a grid."""
     mask = window_mask(h, w, n, shift, device)
-    return quantise(mask) if mask.any() else None
-
-
-@lru_cache(maxsize=8)
-@torch.inference_mode(False)
-def relative_index(n: int, device: torch.device | str = "cpu") -> Tensor:
-    """(n*n, n*n): row of a table of (2n-1)**2 offsets for each pair of tokens of a window."""
-    row, column = (t.reshape(-1) for t in torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij"))
-    dr, dc = row[:, None] - row + n - 1, column[:, None] - column + n - 1
-    return (dr * (2 * n - 1) + dc).to(device)
+    return None if mask is None else quantise(mask)
 
 
 class LearnedTable(Freezable):
@@ -130,9 +96,9 @@ class WindowAttention(nn.Module):
         scores = matmul((q * self.scale).transpose(-1, -2), k) + self.bias(isinstance(x, Grid))
         if isinstance(scores, Grid):
             mask = _exact_mask(h, w, n, shift, scores.q.device)
-            scores = scores if mask is None else scores + mask
         else:
-            scores = scores + window_mask(h, w, n, shift, scores.device)
+            mask = window_mask(h, w, n, shift, scores.device)
+        scores = scores if mask is None else scores + mask
         seen = matmul(self.softmax(scores), v.transpose(-1, -2))  # (B, windows, heads, n*n, C/heads)
         return self.project(merge(seen.transpose(-1, -2).reshape(b, -1, c, n * n), h, w, n, shift))
 
