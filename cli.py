@@ -643,6 +643,8 @@ def demo(args: argparse.Namespace) -> int:
 def bench(args: argparse.Namespace) -> int:
     if args.what == "coder":
         from .eval.bench_coder import main as run
+    elif args.what == "curves":
+        from .eval.bench_curves import main as run
     else:
         from .eval.bench_image import main as run
     return run(args)
@@ -799,16 +801,18 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     _model(p)
     _machine(p)
 
+    from .eval.cli import add_parsers, curves_arguments
+
     text = "Measure speed, beside peers in the same process."
     p = verb("bench", "measure speed", text, bench)
-    p.add_argument("what", choices=("coder", "image"), help="coder: the entropy coder; image: whole pictures")
-    p.add_argument("files", nargs="*", metavar="FILE", help="pictures (image only; default: a bundled photograph)")
+    text = "coder: the entropy coder; image: whole pictures; curves: time and memory against size and threads"
+    p.add_argument("what", choices=("coder", "image", "curves"), help=text)
+    p.add_argument("files", nargs="*", metavar="FILE", help="pictures (not for coder; default: a bundled photograph)")
     _model(p)
     p.add_argument("--repeats", type=count_of(1), default=7, metavar="N", help="the median of so many runs (default 7)")
     p.add_argument("--threads", type=count_of(1), metavar="N", help="threads (default: all cores)")
     p.add_argument("--json", action="store_true", help="the figures as JSON on stdout")
-
-    from .eval.cli import add_parsers
+    curves_arguments(p.add_argument_group("curves"))
 
     add_parsers(sub)
     for name, (module, text) in LATE.items():

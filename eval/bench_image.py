@@ -52,7 +52,8 @@ def stages(codec, picture: Picture, level: int, repeats: int) -> dict[str, float
 def _pillow(picture: Picture, repeats: int) -> dict[str, dict[str, float]]:
     image = Image.fromarray(picture.pixels.squeeze())
     rows = {}
-    for name, options in (("JPEG", {"quality": 90}), ("WEBP", {"quality": 90, "method": 6}), ("AVIF", {"quality": 75, "speed": 4})):
+    formats = {"JPEG": {"quality": 90}, "WEBP": {"quality": 90, "method": 6}, "AVIF": {"quality": 75, "speed": 4}}
+    for name, options in formats.items():
 
         def encode(name=name, options=options) -> bytes:
             buffer = io.BytesIO()
@@ -124,7 +125,9 @@ def main(args: argparse.Namespace) -> int:
         print(f"{'':22}{'encode s':>10}{'decode s':>10}{'bytes':>10}   decode time of ours is")
         ours = result["seconds"][result["model"]]["decode"]
         for peer, row in result["seconds"].items():
-            ratio = "" if peer == result["model"] else f"1/{row['decode'] / ours:.1f}" if row["decode"] > ours else f"{ours / row['decode']:.1f} x"
+            longer = row["decode"] > ours
+            ratio = f"1/{row['decode'] / ours:.1f}" if longer else f"{ours / row['decode']:.1f} x"
+            ratio = "" if peer == result["model"] else ratio
             print(f"{peer:22}{row['encode']:>10.3f}{row['decode']:>10.3f}{row['bytes']:>10,}   {ratio}")
         print("stages: " + ", ".join(f"{k} {v:.3f}" for k, v in result["stages"].items()))
     return 0

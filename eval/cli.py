@@ -92,3 +92,13 @@ def fetch_arguments(parser: argparse.ArgumentParser) -> None:
     add("--verify", action="store_true", help="download nothing, check what is there")
     add("--keep-archives", action="store_true", help="leave archives in place after unpacking them")
     _common(parser)
+
+
+def curves_arguments(parser: argparse._ArgumentGroup) -> None:
+    """Options of ``codec bench curves``."""
+    add = parser.add_argument
+    add("--megapixels", nargs="+", type=float, default=[0.1, 0.3, 1.0, 3.0, 10.0], metavar="N",
+        help="sizes of the pictures, 0.001..1000 (default 0.1 0.3 1 3 10)")  # fmt: skip
+    add("--thread-counts", nargs="*", type=int, default=[], metavar="N", help="threads (default: 1 and all cores)")
+    add("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    add("--plot", type=Path, metavar="FILE", help="draw them, as svg, pdf or png by the suffix")

@@ -1,7 +1,8 @@
 """Peer codecs of pictures, and the way to all peers. Settings go from bad to good; libraries load when a peer is made.
 
-Those of other kinds of data are in ``peers_bytes``, ``peers_grid`` and ``peers_video``. The settings span the qualities that people use; BD-rates of codecs as far apart as JPEG and VTM depend on that span,
-so it is part of a peer. ``codec eval --peers module:Class`` takes a peer of one's own. """
+Those of other kinds of data are in ``peers_bytes``, ``peers_grid`` and ``peers_video``. The settings span the qualities
+that people use; BD-rates of codecs as far apart as JPEG and VTM depend on that span, so it is part of a peer.
+``codec eval --peers module:Class`` takes a peer of one's own. """
 
 from __future__ import annotations
 

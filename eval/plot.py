@@ -50,7 +50,7 @@ def load_results(paths: Iterable[Path]) -> list[dict[str, Any]]:
     return found
 
 
-def figure(width: float = 7.0, height: float = 4.6) -> tuple[Figure, Axes]:
+def figure(width: float = 6.2, height: float = 4.3) -> tuple[Figure, Axes]:
     """An empty chart in the style of all; transparent, without frame."""
     import matplotlib
 
@@ -156,7 +156,7 @@ def rd_chart(results: list[dict[str, Any]], quality: str | None = None, publishe
     axes.set_title(title or f"{first['dataset']}: {first['samples']} {kind.noun}", loc="left", weight="bold")
     handles, labels = axes.get_legend_handles_labels()
     solid = sorted(range(len(labels)), key=lambda i: "(published)" in labels[i])
-    axes.legend([handles[i] for i in solid], [labels[i] for i in solid], loc="lower right", fontsize=8.5, frameon=False)
+    axes.legend([handles[i] for i in solid], [labels[i] for i in solid], loc="lower right", fontsize=8.5, frameon=False, labelcolor=INK)
     return made
 
 
@@ -188,13 +188,15 @@ def speed_chart(results: list[dict[str, Any]], title: str | None = None) -> Figu
         raise UsageError("none of the results has a BD-rate to draw against time")
     for i, (seconds, percent, result) in enumerate(sorted(points, key=lambda p: p[:2])):
         axes.scatter(seconds * 1e3, percent, s=90 if result["ours"] else 45, color=palette[result["codec"]], zorder=3)
-        axes.annotate(result["codec"], (seconds * 1e3, percent), (7, 7 if i % 2 else -13), textcoords="offset points", color=INK)
+        offset = (7, 7 if i % 2 else -13)
+        axes.annotate(result["codec"], (seconds * 1e3, percent), offset, textcoords="offset points", color=INK)
     axes.axhline(0, color=FAINT, lw=1)
     axes.set_xscale("log")
     axes.margins(x=0.25, y=0.15)
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    reach = max(p[0] for p in points) / min(p[0] for p in points)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if reach > 4 else (1, 1.5, 2, 3, 5, 7)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axes.xaxis.set_minor_formatter(FuncFormatter(lambda v, _: ""))
     axes.set_xlabel("decode time, ms per sample")
@@ -205,7 +207,7 @@ def speed_chart(results: list[dict[str, Any]], title: str | None = None) -> Figu
 
 def channels_chart(bits: np.ndarray, pixels: int, title: str) -> Figure:
     """Bits per pixel of each channel of a latent (M, h, w), in coding order; the share of those that cost nothing."""
-    made, axes = figure(7, 3.0)
+    made, axes = figure(6.2, 4.3)
     each = bits.sum((1, 2)) / pixels
     axes.bar(np.arange(len(each)), each, width=1.0, color=COLOURS[0])
     silent = float((each < 0.001 * each.sum()).mean()) if each.sum() else 1.0
@@ -221,7 +223,7 @@ def rate_map_chart(rgb: np.ndarray, rates: np.ndarray, stride: int, title: str) 
     from matplotlib import pyplot
 
     h, w = rgb.shape[:2]
-    made, axes = figure(9.2, 9.2 / 2 * h / w + 0.7)
+    made, axes = figure(11, 11 / 2 * h / w + 0.4)
     made.delaxes(axes)
     left, right = made.subplots(1, 2)
     for ax in (left, right):

@@ -23,7 +23,7 @@ from .subject import Ours, Subject
 SCENES = 3
 CROP = 320, 480  # rows, columns
 AIM = 0.3  # bits per pixel over the set at which codecs are shown: low enough to see what each of them gives up
-TRIES = 8
+TRIES = 4
 
 Crop = tuple[str, str, np.ndarray]  # name, caption, pixels
 
@@ -61,16 +61,18 @@ def at_rate(subject: Subject, rgb: np.ndarray, points: list[dict[str, Any]], siz
     ordered = sorted(points, key=lambda p: p["setting"])
     low = max((p for p in ordered if p["bytes"] <= size), key=lambda p: p["bytes"], default=ordered[0])
     high = min((p for p in ordered if p["bytes"] >= size), key=lambda p: p["bytes"], default=ordered[-1])
-    a, b = low["setting"], high["setting"]
-    best = subject.encode(rgb, a)
-    for _ in range(TRIES if a != b else 0):
-        if abs(len(best) - size) <= 0.01 * size:
+    ends = [(low["setting"], low["bytes"]), (high["setting"], high["bytes"])]
+    near = min((low, high), key=lambda p: abs(p["bytes"] - size))
+    best = subject.encode(rgb, near["setting"])
+    for _ in range(TRIES):
+        (a, small), (b, large) = ends
+        if abs(len(best) - size) <= 0.01 * size or not small < size < large:
             break
-        middle = (a + b) / 2
+        middle = a + (b - a) * float(np.clip(np.log(size / small) / np.log(large / small), 0.15, 0.85))
         data = subject.encode(rgb, middle)
         if abs(len(data) - size) < abs(len(best) - size):
             best = data
-        a, b = (middle, b) if len(data) < size else (a, middle)
+        ends[len(data) >= size] = middle, len(data)
     return best, subject.decode(best)
 
 
@@ -114,15 +116,16 @@ def viewer(scenes: list[tuple[str, list[Crop]]]) -> str:
     def options(chosen: int) -> str:
         return "".join(f"<option{' selected' if i == chosen else ''}>{_text(n)}</option>" for i, n in enumerate(names))
 
-    tabs = "".join(f'<button type="button" aria-pressed="{str(not i).lower()}">{_text(n)}</button>' for i, (n, _) in enumerate(scenes))
-    strips = "".join(
-        f'<div class="strip scene"{" hidden" if i else ""}>' + "".join(
-            f'<figure><img alt="{_text(name)}: {_text(label)}" src="{picture_url(rgb)}" width="{rgb.shape[1]}" height="{rgb.shape[0]}">'
-            f"<figcaption><b>{_text(label)}</b>{_text(caption)}</figcaption></figure>"
-            for label, caption, rgb in made
-        ) + "</div>"
-        for i, (name, made) in enumerate(scenes)
-    )  # fmt: skip
+    def shown(name: str, label: str, caption: str, rgb: np.ndarray) -> str:
+        size = f'width="{rgb.shape[1]}" height="{rgb.shape[0]}"'
+        image = f'<img alt="{_text(name)}: {_text(label)}" src="{picture_url(rgb)}" {size}>'
+        return f"<figure>{image}<figcaption><b>{_text(label)}</b>{_text(caption)}</figcaption></figure>"
+
+    tabs, strips = "", ""
+    for i, (name, made) in enumerate(scenes):
+        tabs += f'<button type="button" aria-pressed="{str(not i).lower()}">{_text(name)}</button>'
+        figures = "".join(shown(name, *crop) for crop in made)
+        strips += f'<div class="strip scene"{" hidden" if i else ""}>{figures}</div>'
     last = min(2, len(names) - 1)
     return (
         '<section class="viewer"><h2>Side by side, at equal rate</h2>'
@@ -157,8 +160,8 @@ def _details(results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]
     return ["codec", "setting", *(k.replace("_", " ") for k in keys)], lines
 
 
-def _charts(results: list[dict[str, Any]], summary: dict[str, Any]) -> str:
-    """The plots that these results allow."""
+def _charts(results: list[dict[str, Any]], summary: dict[str, Any]) -> list[str]:
+    """The plots that these results allow, each a section."""
     kind = KINDS[summary["kind"]]
     made = [("Rate and quality" if kind.quality else "Rate", lambda: rd_chart(results, title=" "))]
     if kind.quality == "psnr":
@@ -170,23 +173,22 @@ def _charts(results: list[dict[str, Any]], summary: dict[str, Any]) -> str:
             parts.append(f"<section><h2>{title}</h2>{inline_svg(draw())}</section>")
         except CodecError:  # nothing to draw: no BD-rate, or no such metric
             continue
-    return f'<div class="pair">{"".join(parts)}</div>'
+    return parts
 
 
-def _where_bits_go(model: Ours, name: str, item: Item) -> str:
-    """Rate map and channels of one of our models."""
+def _where_bits_go(model: Ours, name: str, item: Item) -> tuple[str, str]:
+    """Sections with the rate map and with the channels of one of our models."""
     from ..codecs.base import level_of
     from .ratemap import bits_per_pixel, latent_bits
 
     rgb = KINDS["image"].read(item)
     quality = model.settings[len(model.settings) // 2]
     y, z = latent_bits(model.codec, rgb, level_of(quality))
+    about = f'<p class="soft">{_text(model.name)} at quality {quality:g}, {_text(name)}</p>'
     grid = rate_map_chart(rgb, bits_per_pixel(y, z, model.codec.stride), model.codec.stride, "bits over the picture")
     bars = channels_chart(y, rgb.shape[0] * rgb.shape[1], " ")
-    return (
-        f'<section><h2>Where the bits go</h2><p class="soft">{_text(model.name)} at quality {quality:g}, {_text(name)}</p>'
-        f"{inline_svg(grid)}{inline_svg(bars)}</section>"
-    )
+    titles = "Where the bits go", "Bits of each latent channel"
+    return tuple(f"<section><h2>{t}</h2>{about}{inline_svg(c)}</section>" for t, c in zip(titles, (grid, bars)))
 
 
 def render(summary: dict[str, Any], results: list[dict[str, Any]], samples: dict[str, Item]) -> str:
@@ -199,9 +201,10 @@ def render(summary: dict[str, Any], results: list[dict[str, Any]], samples: dict
         return f'<span class="dot" style="background:{palette[name]}"></span>' if name in palette else ""
 
     notes = remarks(summary)
-    sections = []
+    sections: list[str] = []
+    subjects: dict[str, Subject] = {}
+    scenes: list[tuple[str, list[Crop]]] = []
     if kind.name == "image":
-        subjects: dict[str, Subject] = {}
         for result in results:
             try:
                 subjects[result["codec"]] = make(result["codec"], [p["setting"] for p in result["curve"]])
@@ -212,26 +215,29 @@ def render(summary: dict[str, Any], results: list[dict[str, Any]], samples: dict
             sections.append(viewer(scenes))
     titles, lines = table(summary)
     lines.sort(key=lambda line: line[0] not in ours)
-    sections.append(f"<section><h2>Results</h2>{html_table(titles, lines, mark, ours)}"
-                    f"<details><summary>every setting</summary>{html_table(*_details(results), mark, set())}</details></section>")  # fmt: skip
-    sections.append(_charts(results, summary))
-    for model in (s for s in (subjects.values() if kind.name == "image" else ()) if isinstance(s, Ours)):
+    every = f"<details><summary>every setting</summary>{html_table(*_details(results), mark, set())}</details>"
+    sections.append(f"<section><h2>Results</h2>{html_table(titles, lines, mark, ours)}{every}</section>")
+    charts, maps = _charts(results, summary), []
+    for model in [s for s in subjects.values() if isinstance(s, Ours)] if scenes else []:
         try:
-            sections.append(_where_bits_go(model, scenes[0][0], samples[scenes[0][0]]))
-        except (CodecError, IndexError) as error:
+            grid, channels = _where_bits_go(model, scenes[0][0], samples[scenes[0][0]])
+            maps.append(grid)
+            charts.append(channels)
+        except CodecError as error:
             notes.append(f"{model.name}: no map of its bits ({error})")
+    sections += [f'<div class="pair">{"".join(charts)}</div>', *maps]
     if notes:
         items = "".join(f"<li>{_text(n)}</li>" for n in notes)
         sections.append(f'<section><h2>Remarks</h2><ul class="remarks">{items}</ul></section>')
     machine = summary["environment"]
     facts = {
         "data": f"{summary['dataset']}, sha256 {summary['dataset_sha256']}", "anchor": summary["anchor_source"] or "none",
-        "machine": f"{machine['machine']}, {machine['cores']} cores; {machine['jobs']} at once, {machine['threads']} threads each",
+        "machine": f"{machine['machine']}, {machine['cores']} cores; {machine['jobs']} at once, {machine['threads']} threads",
         "commit": machine["commit"] or "unknown",
         "packages": ", ".join(f"{k} {v}" for k, v in machine["packages"].items()),
     } | {r["codec"]: r["describe"] for r in results}  # fmt: skip
     footer = "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in facts.items())
-    plain = json.dumps({k: v for k, v in summary.items()}).replace("<", "\\u003c")
+    plain = json.dumps(summary).replace("<", "\\u003c")
     names = [r["codec"] for r in results]
     return Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).substitute(
         title=_text(f"{summary['dataset']}: {' · '.join(names)}"), subtitle=_text(heading(summary)),
