@@ -163,7 +163,8 @@ class S2LIC(LatentCodec):
             self.g_s: nn.Module = Synthesis(config)
         else:
             blocks: Any = (
-                lambda c: Enhancement(c, *config.enhancement),
+                # from zero, 0.2 would only make the optimiser's steps smaller
+                lambda c: Enhancement(c, *config.enhancement, strength=1.0),
                 lambda c: _stage(config, c, config.depth, config.heads),
                 lambda c: _stage(config, c, config.depth, config.heads),
             )

@@ -1,4 +1,4 @@
-"""The dense enhancement block at both ends of S2LIC: x + 0.2 E(x).
+"""The dense enhancement block at both ends of S2LIC: x + strength * E(x), published with a strength of 0.2.
 
 E is a dense block, three convolutions and another dense block, as in InvCompress (Xie et al. 2021, "Enhanced invertible
 encoding for learned image compression"), where it comes from.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-STRENGTH = 0.2  # of the branch
 SLOPE = 0.2  # of the leaky ReLU
 
 
@@ -31,19 +30,20 @@ class DenseBlock(nn.Module):
 
 
 class Enhancement(nn.Module):
-    """x + 0.2 E(x), shape (B, C, H, W) kept; E = dense(C -> width), conv1, conv3, conv1, dense(width -> C).
+    """x + strength * E(x), shape (B, C, H, W) kept; E = dense(C -> width), conv1, conv3, conv1, dense(width -> C).
 
     The last convolution starts at zero: a fresh block is the identity.
     """
 
-    def __init__(self, channels: int = 3, width: int = 64, growth: int = 32, layers: int = 5):
+    def __init__(self, channels: int = 3, width: int = 64, growth: int = 32, layers: int = 5,
+                 strength: float = 0.2):  # fmt: skip
         super().__init__()
+        self.strength = strength
         self.body = nn.Sequential(
             DenseBlock(channels, width, growth, layers),
             nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 1),
             DenseBlock(width, channels, growth, layers),
         )  # fmt: skip
-        self.reach = 2 * layers + 1  # samples that it sees to every side
         self.rest()
 
     def rest(self) -> None:
@@ -53,4 +53,4 @@ class Enhancement(nn.Module):
             self.body[-1].convs[-1].bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + STRENGTH * self.body(x)
+        return x + self.strength * self.body(x)
