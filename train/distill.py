@@ -16,7 +16,8 @@ Stage 3 (fine-tuning): L_RD alone.
     L_ent  = sum over student channels j of w_j * mean (y_j - s_j * y_teacher,pi(j))^2 / (2 sigma^2_pi(j)),  w = H_pi / sum H_pi
 
 H is the mean number of bits that the teacher spends on a channel, sigma its mean scale: L_ent is the weighted divergence of
-Gaussians of equal variance. pi takes the teacher's channels of most bits. Taps are what enters the last layer of every
+Gaussians of equal variance. pi takes the teacher's channels of most bits (``channel_order`` of the recipe says in which
+order), and s is a sign. Taps are what enters the last layer of every
 stage ``g_a.atK`` and ``g_s.atK`` that both codecs have (the skeleton of ``nn.transforms`` and the published transforms name
 them so), y, and the hyper features; P is a 1x1 convolution that starts at the least-squares answer and is dropped in the end.
 Where the paper is silent (weights, schedule, taps) this follows our specification, section 5.
@@ -26,6 +27,7 @@ All losses are weighted like L_RD itself (see ``loop``). A step is in the stage 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,7 +47,8 @@ from .loop import Objective, Recipe, rd_loss
 
 ALPHA = (1.0, 0.1)  # weight of L_feat at the begin and the end of stage 1, and the latter in stage 2
 BETA = 0.1  # weight of L_ent
-RANK_CROPS = 1000  # the ranking rests on so many crops, then it is kept
+RANK_CROPS = 1000  # the bits and scales of channels rest on so many crops
+MATCH_MEMORY = 0.98  # of the correlations, per step: the student moves
 RIDGE = 1e-4  # of the least squares at the start, relative to the mean square of the features
 
 
@@ -152,14 +155,39 @@ class Distillation(Objective):
         self.register_buffer("seen", torch.zeros(()))
         self.register_buffer("information", torch.zeros(channels))  # H, bits per position
         self.register_buffer("variance", torch.zeros(channels))  # sigma^2 in the domain of y
+        # running sums of y_j * y_teacher,k and of y_j^2, and what pi and s were settled to (pi < 0: not yet)
+        self.register_buffer("products", torch.zeros(self.kept, channels))
+        self.register_buffer("powers", torch.zeros(self.kept))
+        self.register_buffer("order", torch.full((self.kept,), -1))
+        self.register_buffer("sign", torch.ones(self.kept))
 
     @property
     def teacher(self) -> LatentCodec:
         return self.held[0]
 
-    def ranked(self) -> Tensor:
-        """pi: for every student channel the teacher's, in the order of falling information."""
-        return self.information.argsort(descending=True, stable=True)[: self.kept]
+    def settle(self, how: str) -> None:
+        """Fix pi and the signs. Both ways keep the teacher's channels of most bits.
+
+        ``rank``: in the order of falling bits, as published. ``match``: in the same order each takes the student channel that
+        is free and most correlated with it, of either sign; student and teacher that start at a KLT have much in common
+        already, which an order from outside would break up.
+        """
+        best = self.information.argsort(descending=True, stable=True)[: self.kept]
+        self.order.copy_(best)
+        if how == "rank":
+            return
+        correlation = (self.products / self.powers.clamp_min(1e-12).sqrt()[:, None])[:, best]
+        free = torch.ones_like(self.powers)
+        for place, teacher_channel in enumerate(best):
+            j = ((correlation[:, place].abs() + 1e-9) * free).argmax()
+            free[j] = 0
+            self.order[j] = teacher_channel
+            self.sign[j] = -1.0 if correlation[j, place] < 0 else 1.0
+
+    def _learn_match(self, y: Tensor, y_teacher: Tensor) -> None:
+        flat, teacher = (t.detach().transpose(0, 1).flatten(1) for t in (y, y_teacher))
+        self.products.mul_(MATCH_MEMORY).add_(flat @ teacher.T)
+        self.powers.mul_(MATCH_MEMORY).add_(flat.square().sum(1))
 
     def _learn_ranking(self, theirs: dict[str, Any], level: Tensor) -> None:
         if self.seen >= RANK_CROPS:
@@ -178,10 +206,9 @@ class Distillation(Objective):
 
     def channels(self, y: Tensor, y_teacher: Tensor) -> Tensor:
         """L_ent (B,) of the two latents."""
-        order = self.ranked()
-        information = self.information[order]
-        weight = information / information.sum() / (2 * self.variance[order])
-        return ((y - y_teacher[:, order]).square().mean((2, 3)) * weight).sum(1)
+        information = self.information[self.order]
+        weight = information / information.sum() / (2 * self.variance[self.order])
+        return ((y - self.sign[:, None, None] * y_teacher[:, self.order]).square().mean((2, 3)) * weight).sum(1)
 
     def forward(self, codec, x, level, recipe, done, model=None):
         phase = stage_at(recipe, done)
@@ -191,6 +218,8 @@ class Distillation(Objective):
         with tapped(codec) as mine:
             loss, figures = rd_loss(codec, x, level, recipe.weight_power, model, recipe.distortion)
         self._learn_ranking(theirs, level)
+        if self.order[0] < 0:
+            self._learn_match(mine["y"], theirs["y"])
         features = self.features(mine, theirs)
         high, low = ALPHA
         start, end = bounds(recipe, 1)
@@ -198,6 +227,8 @@ class Distillation(Objective):
         extra = alpha * features
         figures["feature_loss"] = features.detach()
         if phase == 2:
+            if self.order[0] < 0:
+                self.settle(recipe.channel_order)
             channels = self.channels(mine["y"], theirs["y"])
             extra = extra + BETA * channels
             figures["channel_loss"] = channels.detach()
@@ -210,11 +241,11 @@ def stage_at(recipe: Recipe, done: float) -> int:
 
 
 def bounds(recipe: Recipe, stage: int) -> tuple[float, float]:
-    """Fractions of the run at which a stage of the distillation begins and ends. ValueError if the recipe has no such stage."""
+    """Fractions of the run at which a stage of the distillation begins and ends. UsageError if the recipe has no such stage."""
     ends = [0.0, *(s["until"] for s in recipe.stages)]
     mine = [n for n, s in enumerate(recipe.stages) if s.get("distil", 3) == stage]
     if not mine:
-        raise ValueError(f"no stage of the recipe says distil = {stage}")
+        raise UsageError(f"no stage of the recipe says distil = {stage}")
     return ends[mine[0]], ends[mine[-1] + 1]
 
 
@@ -234,14 +265,16 @@ def set_up(student: LatentCodec, recipe: Recipe, teacher: str | None, stage: int
            resumed: bool) -> tuple[Objective | None, float]:  # fmt: skip
     """What ``codec train --teacher --stage`` needs: the objective, and the fraction of the run at which to stop.
 
-    UsageError for a stage without its teacher or without the one before it.
+    UsageError for a stage without its teacher or without the one before it, or in several processes.
     """
+    if teacher and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError("distillation runs in one process: its projections and statistics are not shared between several")
     if stage and stage > 1 and not resumed:
         raise UsageError(f"stage {stage} goes on where stage {stage - 1} ended: give --resume")
-    until = bounds(recipe, stage)[1] if stage else 1.0
     if teacher is None:
         if stage != 3:
             raise UsageError(f"stage {stage} needs a --teacher")
-        return None, until
+        return None, 1.0
+    until = [bounds(recipe, n)[1] for n in (1, 2, 3)][(stage or 3) - 1]
     with torch.random.fork_rng(devices=[]):
         return Distillation(student, load_teacher(teacher)), until
