@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..entropy.context.mlic import MlicConfig, MlicSlice
@@ -115,9 +116,9 @@ class MLICv2(LatentCodec):
                        latent=MlicConfig((8, 8, 16), hyper=8, width=16, features=16, channel=((8, 1), (16, 3)), local=8,
                                          inter=8, intra=8, attention=16, head=8, window=3, entropy=(16, 16), residual=(8,),
                                          guide=8, reweight=True, **_SMALL | {"inter_head": 8})),
-        "light": Config((64, 96), encoder_blocks=(2, 2, 0), decoder_blocks=(2, 3, 0),
+        "light": Config((64, 96), encoder_blocks=(2, 2, 0), decoder_blocks=(2, 2, 0),
                         latent=MlicConfig((32, 48, 80, 128), hyper=32, width=56, features=56, channel=((40, 1), (56, 3)),
-                                          local=48, inter=16, intra=0, attention=32, entropy=(64, 72), residual=(40,),
+                                          local=32, inter=16, intra=0, attention=32, entropy=(64, 72), residual=(40,),
                                           guide=16, **_SMALL)),
         "base": Config((96, 192), encoder_blocks=(3, 4, 0), decoder_blocks=(3, 4, 0),
                        latent=MlicConfig((16, 32, 64, 80, 128), hyper=96, width=128, features=192,
@@ -144,6 +145,10 @@ class MLICv2(LatentCodec):
             reach, self.synthesis_margin = patch_margins(config.encoder_blocks, config.decoder_blocks, sees)
         self.analysis_margin = -(-reach // self.tile_multiple) * self.tile_multiple
         self.latent = MlicHyperprior(latent)
+
+    def selection_loss(self) -> Tensor:
+        """Cross-entropy in nats, of the last forward, between the choice of symbols to code and |v| > 0.3 steps; per sample."""
+        return torch.stack([loss for model in self.latent.models for loss in model.selection_loss.values()]).sum(0).mean()
 
 
 def _published_margins(mixing: bool) -> tuple[int, int]:
