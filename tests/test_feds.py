@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from contract import ImageCodecContract, as_tensor, photo
@@ -154,3 +156,13 @@ class TestDistillation:
         assert torch.allclose(objective.channels(y + 1, y_teacher), torch.ones(2), atol=1e-5)
         objective.settle("rank")
         assert objective.order.tolist() == list(range(31, 7, -1))
+
+    def test_verdict(self, tmp_path):
+        """A teacher that needs 10 % less passes the gate, one that needs 1 % less does not."""
+        for name, factor in (("alone", 1.0), ("good", 0.9), ("poor", 0.99)):
+            rows = [{"level": n, "bpp": factor * 0.2 * 1.5**n, "psnr": 28.0 + 2 * n} for n in range(5)]
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "log.jsonl").write_text(json.dumps({"step": 1, "minutes": 1, "validation": rows}) + "\n")
+        assert "spends 10.00 % less than the student alone: fit" in distill.verdict(tmp_path / "good", tmp_path / "alone")
+        said = distill.verdict(tmp_path / "poor", tmp_path / "alone", tmp_path / "good")
+        assert "cannot pay" in said and "-10.00 %" in said

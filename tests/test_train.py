@@ -15,6 +15,8 @@ import torch
 from conftest import scene
 from neuralcodec.codecs import registry
 from neuralcodec.codecs.weights import load_weights
+from neuralcodec.eval.metrics import ms_ssim_tensor
+from neuralcodec.train import loop
 from neuralcodec.train.data import Crops, load_folder
 from neuralcodec.train.freeze import freeze_checkpoint
 from neuralcodec.train.klt import start_at_klt
@@ -258,3 +260,45 @@ def test_training_needs_nothing_that_only_coding_needs():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert run.returncode == 0, run.stderr
     assert "hyperprior" in run.stdout.split()
+
+
+# --- MS-SSIM ----------------------------------------------------------------------------------------------------------
+
+
+def test_lambdas_for_ms_ssim_follow_the_published_pairs():
+    pairs = {0.0018: 2.4, 0.0035: 4.58, 0.0067: 8.73, 0.013: 16.64, 0.025: 31.73, 0.0483: 60.5}
+    for mse, ms_ssim in pairs.items():
+        assert abs(loop.MS_SSIM_FACTOR * mse**loop.MS_SSIM_POWER / ms_ssim - 1) < 0.01
+
+
+def test_training_for_ms_ssim():
+    """The loss is bpp + lambda_ms * (1 - MS-SSIM) with the weight of the level, and steps on it raise the similarity."""
+    codec = fresh()
+    x = torch.from_numpy(np.stack([scene(96, 96, i).transpose(2, 0, 1) for i in range(12)]))
+    start_at_klt(codec, x)
+    x, level = x[:2].float() / 255, torch.tensor([300.0, 700.0])
+    torch.manual_seed(1)
+    out = codec(x, level)
+    torch.manual_seed(1)
+    loss, figures = rd_loss(codec, x, level, 0.5, distortion="ms-ssim")
+    lam = codec.lambda_of(level)
+    similarity = torch.stack([ms_ssim_tensor(a[None], b[None], scales=4)[0] for a, b in zip(out.x_hat, x)])
+    expected = figures["bpp"] + loop.MS_SSIM_FACTOR * lam**loop.MS_SSIM_POWER * (1 - similarity)
+    assert torch.allclose(loss, (expected * lam**-0.5).mean(), rtol=1e-5)
+
+    optimiser = torch.optim.Adam(codec.parameters(), 1e-3)
+    losses = []
+    for _ in range(15):
+        optimiser.zero_grad()
+        loss, _ = rd_loss(codec, x, level, 0.5, distortion="ms-ssim")
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in codec.parameters())
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_recipes_name_a_known_distortion(tmp_path):
+    (tmp_path / "r.toml").write_text('distortion = "vmaf"\n')
+    with pytest.raises(ValueError, match="vmaf"):
+        Recipe.read(tmp_path / "r.toml")

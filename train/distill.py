@@ -7,6 +7,7 @@
     $F --out runs/student $T --stage 1        or one after the other, with the same result,
     $F --out runs/student $T --stage 2 --resume
     $F --out runs/student --stage 3 --resume  which needs no teacher
+    python -m neuralcodec.train.distill runs/light runs/alone runs/student    did it pay?
 
 Stage 1 (feature alignment): L_RD + alpha * L_feat, where alpha falls from 1 to 0.1.
 Stage 2 (channels): L_RD + beta * L_ent + 0.1 * L_feat.
@@ -29,6 +30,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,13 +44,16 @@ from ..codecs.base import LatentCodec
 from ..codecs.weights import load_weights
 from ..container.errors import UsageError
 from ..entropy.exact import thaw
+from ..eval.bdrate import bd_rate
 from ..nn.blocks import knot_weights
 from .loop import Objective, Recipe, rd_loss
+from .plot import read_log
 
 ALPHA = (1.0, 0.1)  # weight of L_feat at the begin and the end of stage 1, and the latter in stage 2
 BETA = 0.1  # weight of L_ent
 RANK_CROPS = 1000  # the bits and scales of channels rest on so many crops
 MATCH_MEMORY = 0.98  # of the correlations, per step: the student moves
+GATE = 3.0  # percent of rate that a teacher must be better than the student alone
 RIDGE = 1e-4  # of the least squares at the start, relative to the mean square of the features
 
 
@@ -278,3 +283,27 @@ def set_up(student: LatentCodec, recipe: Recipe, teacher: str | None, stage: int
     until = [bounds(recipe, n)[1] for n in (1, 2, 3)][(stage or 3) - 1]
     with torch.random.fork_rng(devices=[]):
         return Distillation(student, load_teacher(teacher)), until
+
+
+def verdict(teacher: Path, alone: Path, student: Path | None = None) -> str:
+    """BD-rates between the last validations of runs on the same pictures, and whether the teacher was worth it."""
+
+    def curve(folder: Path) -> tuple[list[float], list[float]]:
+        _, validations = read_log(folder)
+        if not validations:
+            raise UsageError(f"{folder}: no validation in its log")
+        rows = validations[-1]["validation"]
+        return [r["bpp"] for r in rows], [r["psnr"] for r in rows]
+
+    gain = -bd_rate(curve(alone), curve(teacher)).value
+    lines = [f"the teacher spends {gain:.2f} % less than the student alone: "
+             + ("fit to teach" if gain >= GATE else f"less than {GATE:g} %, distillation cannot pay")]  # fmt: skip
+    if student is not None:
+        lines.append(f"the distilled student: {bd_rate(curve(alone), curve(student)).value:+.2f} % of rate")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (3, 4):
+        raise SystemExit("python -m neuralcodec.train.distill TEACHER_RUN CONTROL_RUN [STUDENT_RUN]")
+    print(verdict(*map(Path, sys.argv[1:])))
