@@ -11,6 +11,7 @@ stored with the weights, with linear interpolation in integers between entries 2
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,9 +29,9 @@ NORM_MAX_CHANNELS = 4096
 
 def div_round(a: Tensor, b: Tensor) -> Tensor:
     """floor(a / b + 1/2) of float64 integers, |a| < 2**51, 0 < b < 2**50."""
-    q = torch.floor(a / b)
-    twice = 2 * (a - q * b)  # of the remainder: -2b..4b if q is off by one, else 0..2b
-    return q + (twice >= b).to(q.dtype) + (twice >= 3 * b).to(q.dtype) - (twice < -b).to(q.dtype)
+    q = torch.floor(torch.div(a, b).add_(0.5))
+    twice = torch.addcmul(a, q, b, value=-1).mul_(2)  # of the remainder: -b..b, or beyond if q is off by one
+    return q.add_(twice >= b).sub_((twice < -b).to(q.dtype))
 
 
 def isqrt(v: Tensor) -> Tensor:
@@ -54,6 +55,15 @@ def lookup(table: Tensor, q: Tensor) -> Tensor:
     return left + shift_round((table[at + 1].to(torch.float64) - left) * rest, ACT_FRAC - NODE_FRAC)
 
 
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _dense(table: bytes, device: torch.device) -> Tensor:
+    """``lookup`` of every q that a table (the bytes of its int32) tells apart, float64: then one access does."""
+    entries = torch.frombuffer(bytearray(table), dtype=torch.int32)
+    q = torch.arange(((len(entries) - 1) << (ACT_FRAC - NODE_FRAC)) + 1, dtype=torch.float64)
+    return lookup(entries, q).to(device)
+
+
 def tabulate(f: Callable[[Tensor], Tensor], low: int, high: int) -> Tensor:
     """Integer table of f on low..high, int32 (entries,), on the grid 2**-TABLE_FRAC."""
     x = torch.arange(low << NODE_FRAC, (high << NODE_FRAC) + 1, dtype=torch.float64) * 2.0**-NODE_FRAC
@@ -73,6 +83,12 @@ class _Tabulated(Freezable):
         if table.dtype != torch.int32 or table.shape != (((self.high - self.low) << NODE_FRAC) + 1,):
             raise ValueError("this is not the table of the layer")
         super().set_frozen(tensors)
+        self._bytes = table.cpu().numpy().tobytes()
+
+    def _lookup(self, q: Tensor) -> Tensor:
+        """``lookup`` in the table of this layer; consumes q."""
+        dense = _dense(self._bytes, q.device)
+        return dense.take(q.clamp_(0, len(dense) - 1).long())
 
 
 class ExactActivation(_Tabulated):
@@ -95,7 +111,7 @@ class ExactActivation(_Tabulated):
         self._need_frozen()
         if x.frac != ACT_FRAC:
             raise ValueError(f"an activation takes the grid 2**-{ACT_FRAC}, not 2**-{x.frac}")
-        remainder = lookup(self.table_q, (x.q - (self.low << ACT_FRAC)).clamp_min(0))
+        remainder = self._lookup(x.q - (self.low << ACT_FRAC))
         y = shift_round(remainder, TABLE_FRAC - ACT_FRAC)
         y = y + x.q.clamp_min(0) if self.over_relu else y
         return Grid(y.clamp(-ACT_MAX, ACT_MAX))
@@ -165,9 +181,9 @@ class ExactSoftmax(_Tabulated):
             return torch.softmax(x, self.dim)
         self._need_frozen()
         q = x.at(ACT_FRAC).q
-        e = lookup(self.table_q, q.amax(self.dim, keepdim=True) - q)
-        total = e.sum(self.dim, keepdim=True).expand_as(e)
-        return Grid(div_round(e * 2.0**SOFTMAX_FRAC, total), SOFTMAX_FRAC, 1 << SOFTMAX_FRAC)
+        e = self._lookup(q.amax(self.dim, keepdim=True) - q)
+        total = e.sum(self.dim, keepdim=True)
+        return Grid(div_round(e.mul_(2.0**SOFTMAX_FRAC), total), SOFTMAX_FRAC, 1 << SOFTMAX_FRAC)
 
 
 class _ExactNorm(ExactAffine):
