@@ -371,6 +371,18 @@ class ExactConv2d(ExactAffine, nn.Conv2d):
         shape = self.groups, self.out_channels // self.groups, -1
         return self._cached(key, lambda: weight.permute(0, 2, 3, 1).reshape(shape))
 
+    def _each_channel(self, q: Tensor) -> Tensor:
+        """Sums (B, C, h', w') of a layer whose channels do not mix: a map per tap, where a patch matrix has nothing to gain."""
+        k, s, p = self.kernel, self.step, self.margin
+        out_h, out_w = ((side + 2 * p - k) // s + 1 for side in q.shape[2:])
+        taps = self._cached(("taps",), lambda: self.weight_q.permute(2, 3, 0, 1)[..., None])  # (k, k, C, 1, 1)
+        padded = F.pad(q, (p, p, p, p))
+        sums = q.new_zeros(*q.shape[:2], out_h, out_w)
+        for r in range(k):
+            for c in range(k):
+                sums.addcmul_(padded[:, :, r : r + s * out_h : s, c : c + s * out_w : s], taps[r, c])
+        return sums
+
     def gather(self, x: Grid, positions: Tensor | None = None, channels: slice | None = None) -> Grid:
         """The layer at flat ``positions`` (n,) of its output map only (all by default): x (B, C, h, w) -> (B, out, n).
 
@@ -384,6 +396,10 @@ class ExactConv2d(ExactAffine, nn.Conv2d):
             columns = q.reshape(b, c, -1)
             columns = columns if positions is None else columns[:, :, positions]
             return self._finish(torch.matmul(weight, columns), -2)
+
+        if channels is None and self.groups == self.in_channels == self.out_channels:
+            sums = self._each_channel(q).flatten(2)
+            return self._finish(sums if positions is None else sums[:, :, positions], -2)
 
         # channels last: a patch is then k*k runs of c numbers, which copy fast
         padded = q.new_zeros(b, h + 2 * p, w + 2 * p, c)

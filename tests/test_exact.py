@@ -115,6 +115,8 @@ def spread(layer: nn.Module, scale: float = 1.0) -> nn.Module:
         (4, 3, 5, 1, None, 1, 1, 1),
         (3, 6, 3, 2, None, 3, 7, 6),
         (6, 6, 3, 1, None, 6, 4, 5),
+        (6, 6, 5, 2, 1, 6, 9, 8),
+        (1, 1, 3, 1, 0, 1, 4, 6),
         (3, 4, 4, 4, 0, 1, 8, 12),
         (4, 2, 5, 2, 1, 2, 9, 8),
         (2, 3, 1, 2, 0, 1, 5, 5),
@@ -140,6 +142,14 @@ def test_conv_in_pieces_positions_and_channels(monkeypatch):
     masked = x.masked((torch.arange(6) < 4).reshape(1, 6, 1, 1))
     assert torch.equal(layer.gather(x[:, :4], channels=slice(0, 4)).q, layer.gather(masked).q)
     assert layer.gather(x, where[:0]).shape == (1, 4, 0)
+
+
+def test_depthwise_conv_at_positions():
+    layer = spread(ExactConv2d(6, 6, 5, groups=6))
+    freeze(layer)
+    x = grid("depthwise", 2, 6, 9, 8)
+    where = torch.tensor([0, 3, 17, 71])
+    assert torch.equal(layer.gather(x, where).q, layer(x).q.flatten(2)[:, :, where])
 
 
 def test_conv_1x1_takes_sequences():
