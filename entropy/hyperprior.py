@@ -94,7 +94,7 @@ class ContextHyperprior(Freezable):
         self._build_hyper(cfg)
         self.prior = FactorizedPrior(cfg.hyper)
         self.rounding = round_ste  # of v = (y - mu) * gain to symbols; an encoder that searches puts its own here
-        self.rounded_rate = False  # training only: take the rate of y at rounded symbols instead of noisy ones
+        self.rounded_rate = False  # training only: take rates at rounded symbols instead of noisy ones
         self.models = nn.ModuleList()
         known = 0
         for channels in cfg.slices:
@@ -152,8 +152,9 @@ class ContextHyperprior(Freezable):
         z_bits = y.new_zeros(batch)
         if z_hat is None:
             z = self.hyper_analysis(y, level)
-            z_bits = -torch.log2(self.prior.likelihood(z + torch.rand_like(z) - 0.5)).reshape(batch, -1).sum(1)
             z_hat = round_ste(z)
+            z_rated = z_hat if self.rounded_rate else z + torch.rand_like(z) - 0.5
+            z_bits = -torch.log2(self.prior.likelihood(z_rated)).reshape(batch, -1).sum(1)
         f = self.hyper_synthesis(z_hat, level)
         anchors = anchor_mask(*y.shape[2:], y.device)
         done: list[Tensor] = []

@@ -152,8 +152,10 @@ def test_training_lowers_the_loss_and_freezes(folder, tmp_path):
     picture = plot_run(tmp_path)
     assert picture is not None and Image.open(picture).size[0] > 800
 
-    card = freeze_checkpoint(tmp_path / "last.pt", "hyperprior:test", tmp_path / "weights", "for a test")
+    card = freeze_checkpoint(tmp_path / "last.pt", "hyperprior:test", tmp_path / "weights", "for a test", folder)
     assert card["training"]["steps"] == 60 and card["training"]["note"] == "for a test"
+    assert abs(card["measured"]["freezing"]["gaussian"]) < 0.003
+    assert json.loads((tmp_path / "weights" / "hyperprior-test.json").read_text()) == card
     loaded = fresh()
     load_weights(loaded, tmp_path / "weights" / "hyperprior-test.safetensors")
     assert loaded.model_id.hex() == card["model_id"]
@@ -274,7 +276,7 @@ def test_lambdas_for_ms_ssim_follow_the_published_pairs():
 def test_training_for_ms_ssim():
     """The loss is bpp + lambda_ms * (1 - MS-SSIM) with the weight of the level, and steps on it raise the similarity."""
     codec = fresh()
-    x = torch.from_numpy(np.stack([scene(96, 96, i).transpose(2, 0, 1) for i in range(12)]))
+    x = torch.from_numpy(np.stack([scene(128, 128, i).transpose(2, 0, 1) for i in range(12)]))
     start_at_klt(codec, x)
     x, level = x[:2].float() / 255, torch.tensor([300.0, 700.0])
     torch.manual_seed(1)
