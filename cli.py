@@ -25,6 +25,8 @@ from .container.format import Head, Limits, dumps, loads, read_head, sniff
 SUFFIX = ".nlc"
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".ppm", ".pgm"}
 DEFAULT_QUALITY = 50.0
+ANNEALING = {8: 60, 9: 200}
+"""Iterations by effort, see ``codecs.anneal``."""
 DEVICES = ("auto", "cpu", "cuda")
 EXIT_CODES = """exit codes: 0 done, 1 error, 2 wrong call, 3 damaged file, 4 model missing or mismatched,
 5 limit exceeded, 130 interrupted. With several files all are tried; the worst code is returned."""
@@ -357,8 +359,16 @@ def chosen_model(args: argparse.Namespace) -> str:
 
     if args.model:
         return args.model
-    fast, best = args.fast or (args.effort or 5) < 4, args.best or (args.effort or 5) > 6
+    effort = 1 if args.fast else 9 if args.best else args.effort or 5
+    fast, best = effort < 4, effort > 6
     return registry.default("image-fast" if fast else "image-best" if best else "image")
+
+
+def annealing_of(args: argparse.Namespace) -> int:
+    """Iterations of the search for a better latent, 0 for none."""
+    if args.iterations is not None:
+        return args.iterations
+    return ANNEALING.get(args.effort, 0)
 
 
 def encode_file(args: argparse.Namespace, name: str) -> None:
@@ -378,6 +388,7 @@ def encode_file(args: argparse.Namespace, name: str) -> None:
 
     codec = registry.load(*registry.split(chosen_model(args)), device=device_of(args))
     pixels = picture.width * picture.height
+    iterations = annealing_of(args)
     start = time.perf_counter()
     made: dict[int, tuple[bytes, Any, dict]] = {}
 
@@ -385,7 +396,13 @@ def encode_file(args: argparse.Namespace, name: str) -> None:
         if level not in made:
             trace: dict = {}
             with progress_bar(args, os.path.basename(name)) as bar:
-                stream = encode_picture(codec, picture, level, tile=args.tile, progress=bar, trace=trace)
+                if iterations:
+                    from .codecs.anneal import Annealer
+
+                    search = Annealer(iterations, progress=bar)
+                    stream = encode_picture(codec, picture, level, tile=args.tile, trace=trace, tile_encoder=search)
+                else:
+                    stream = encode_picture(codec, picture, level, tile=args.tile, progress=bar, trace=trace)
             made[level] = dumps(stream), stream, trace
         return made[level][0]
 
@@ -729,10 +746,13 @@ def _encode_options(p: argparse.ArgumentParser) -> None:
     _model(which)
     which.add_argument("--fast", action="store_true", help="the fastest bundled model")
     which.add_argument("--best", action="store_true", help="the bundled model with the smallest files")
-    which.add_argument(
+    how.add_argument(
         "-e", "--effort", type=int, choices=range(1, 10), metavar="1..9",
-        help="1-3 is --fast, 4-6 the default model, 7-9 is --best",
+        help="1-3 is --fast, 4-6 the default model, 7-9 is --best, unless a model is named; "
+             "8 and 9 also search for a better latent, which takes about a minute",
     )  # fmt: skip
+    text = f"length of that search, with any effort and model (default {ANNEALING[8]} for -e 8, {ANNEALING[9]} for -e 9)"
+    how.add_argument("--iterations", type=count_of(0), metavar="N", help=text)
     how.add_argument("--verify", action="store_true", help="decode and compare before the result is written")
     how.add_argument("--strip", action="store_true", help="leave out EXIF, XMP and ICC data; turn the picture upright")
     text = "side of a tile in pixels, a multiple of 64; small ones need less memory (default 1024)"

@@ -28,6 +28,9 @@ METADATA = ("icc", "exif", "xmp")
 _LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 6}]
 Progress = Callable[[int, int], None]
 Trace = dict[tuple[int, int], str]
+TileEncoder = Callable[[ImageCodec, Tensor, Tensor, tuple[slice, slice], tuple[int, int], int], tuple[bytes, Tensor]]
+"""(codec, x, y, part, size, level) -> (payload, y^) of a tile: its cells are ``part`` of y, which was made of x, and of its
+pixels those of the first ``size`` rows and columns lie in the picture."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,12 @@ def _take(pixels: np.ndarray, x0: int, y0: int, x1: int, y1: int, peak: int) -> 
 
 
 @torch.inference_mode()
-def encode_picture(codec: ImageCodec, picture: Picture, level: int, *, tile: int = TILE,
-                   progress: Progress | None = None, trace: Trace | None = None) -> Stream:  # fmt: skip
+def encode_picture(codec: ImageCodec, picture: Picture, level: int, *, tile: int = TILE, progress: Progress | None = None,
+                   trace: Trace | None = None, tile_encoder: TileEncoder | None = None) -> Stream:  # fmt: skip
     """A picture as a stream at integer level 0..1000. ``tile`` is the side of a tile, a multiple of 64.
 
-    ``trace`` is filled with the sha256 of every tile's y^: what a decoder must find, exactly.
+    ``trace`` is filled with the sha256 of every tile's y^: what a decoder must find, exactly. ``tile_encoder`` takes the
+    place of ``codec.encode_latent`` where an encoder searches.
     """
     if tile < codec.tile_multiple or tile % codec.tile_multiple:
         raise UsageError(f"--tile must be a multiple of {codec.tile_multiple}, not {tile}")
@@ -104,10 +108,15 @@ def encode_picture(codec: ImageCodec, picture: Picture, level: int, *, tile: int
         for column in range(columns):
             x0, y0, x1, y1 = layout.box(column, row)
             ex0, ey0, ex1, ey1 = max(x0 - m, 0), max(y0 - m, 0), min(x1 + m, pw), min(y1 + m, ph)
-            y = codec.analyse(_take(picture.pixels, ex0, ey0, ex1, ey1, picture.peak).to(device), level)
+            x = _take(picture.pixels, ex0, ey0, ex1, ey1, picture.peak).to(device)
+            y = codec.analyse(x, level)
             s = layout.stride
-            y = y[:, :, (y0 - ey0) // s : (y1 - ey0) // s, (x0 - ex0) // s : (x1 - ex0) // s]
-            payload, y_hat = codec.encode_latent(y, level)
+            part = slice((y0 - ey0) // s, (y1 - ey0) // s), slice((x0 - ex0) // s, (x1 - ex0) // s)
+            if tile_encoder is None:
+                payload, y_hat = codec.encode_latent(y[:, :, *part], level)
+            else:
+                size = min(y1, picture.height) - y0, min(x1, picture.width) - x0
+                payload, y_hat = tile_encoder(codec, x, y, part, size, level)
             segments.append(Segment("tile", payload))
             if trace is not None:
                 trace[column, row] = _hash(y_hat)

@@ -1,0 +1,134 @@
+"""Annealing the latent of a picture while it is encoded: what the + of MLICv2+ stands for, for every LatentCodec.
+
+The analysis transform guesses a latent in one pass; a search finds a better one for the picture at hand, and the decoder does
+not notice. Stochastic Gumbel annealing (Yang, Bamler, Mandt 2020, "Improving inference for neural image compression"): y is a
+free variable; every rounding becomes a draw between floor and ceiling, relaxed at a temperature that falls; gradients of
+rate + lambda * distortion flow through synthesis and entropy model. The float nets are those that the integers of the
+shipped weights stand for (``entropy.exact.thaw``). Iterates are judged by what counts: the bits that the exact coder charges,
+and the error of the picture that the decoder will see. The start is one of them, so the result is never worse.
+
+Other than in the paper, the hyper-latent stays as it is but for one last try, the variable is y in steps, so that one learning
+rate fits all channels and qualities, and the rate is larger, for a few hundred iterations in place of thousands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..container.errors import UsageError
+from ..entropy.exact import ACT_FRAC, thaw
+from ..entropy.gaussian import SCALE_STEP
+from ..entropy.hyperprior import ContextHyperprior
+from ..entropy.levels import interpolate
+from .base import ImageCodec, LatentCodec
+
+RATE = 0.03  # Adam's, in quantisation steps
+TEMPERATURE = 0.5  # until HOT of the iterations are done
+COOLING = 1.3  # the last temperature is TEMPERATURE * exp(-COOLING), as after the paper's 2,000 iterations
+HOT = 0.35
+JUDGED_FROM, JUDGED_EVERY = 0.5, 0.125  # fractions of the run at which iterates are coded in earnest
+
+
+def temperature(done: float) -> float:
+    """At a fraction 0..1 of the run."""
+    return TEMPERATURE * math.exp(-COOLING * max(0.0, done - HOT) / (1 - HOT))
+
+
+def gumbel_round(v: Tensor, t: float, generator: torch.Generator | None = None) -> Tensor:
+    """A relaxed draw between floor and ceiling of v, the nearer the likelier; sharper the lower the temperature ``t``."""
+    low = torch.floor(v.detach())
+    above = (v - low).clamp(1e-5, 1 - 1e-5)
+    lean = (torch.atanh(above) - torch.atanh(1 - above)) / t  # logit of the ceiling
+    u = torch.rand(v.shape, generator=generator, device=v.device).clamp_(1e-6, 1 - 1e-6)
+    return low + torch.sigmoid((lean + torch.logit(u)) / t)
+
+
+def thawed(latent: ContextHyperprior) -> ContextHyperprior:
+    """A float copy of a frozen entropy model, whose rates are those of the symbols that ``rounding`` gives."""
+    soft = thaw(deepcopy(latent)).requires_grad_(False)
+    soft.rounded_rate = True
+    return soft
+
+
+@dataclass
+class Annealer:
+    """A tile encoder for ``codecs.image.encode_picture``. ``progress`` is told (iterations done, all) tile by tile."""
+
+    iterations: int
+    rate: float = RATE
+    seed: int = 0
+    progress: Callable[[int, int], None] | None = None
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def __call__(self, codec: ImageCodec, x: Tensor, y: Tensor, part: tuple[slice, slice], size: tuple[int, int],
+                 level: int) -> tuple[bytes, Tensor]:  # fmt: skip
+        """Payload and y^ of the cells ``part`` of y (1, M, h, w), whose first ``size`` (rows, columns) pixels count.
+
+        x (1, 3, 16h, 16w): the pixels that y was made of, a margin around the tile included.
+        """
+        if not isinstance(codec, LatentCodec) or not isinstance(codec.latent, ContextHyperprior):
+            raise UsageError(f"{codec.name}: this codec cannot be annealed; use a lower effort")
+        x, y = x.clone(), y.clone()  # tensors that autograd may keep
+        latent, soft = codec.latent, thawed(codec.latent)
+        at = torch.tensor([float(level)], device=y.device)
+        weight = codec.lambda_of(level) * 255**2
+        s, m = codec.stride, codec.synthesis_margin
+        rows, cols = part
+        # the cells that the tile's pixels depend on; around the tile they are those of the analysis
+        r0, c0 = max(rows.start - m, 0), max(cols.start - m, 0)
+        around = y[:, :, r0 : rows.stop + m, c0 : cols.stop + m]
+        inner = slice(rows.start - r0, rows.stop - r0), slice(cols.start - c0, cols.stop - c0)
+        target = x[:, :, s * rows.start :, s * cols.start :][:, :, : size[0], : size[1]]
+
+        def error(y_hat: Tensor, clamped: bool = False) -> Tensor:
+            """Squared error per colour, summed over the pixels that count."""
+            cells = around.clone()
+            cells[:, :, inner[0], inner[1]] = y_hat
+            x_hat = codec.g_s(cells.contiguous(memory_format=torch.channels_last), at)
+            x_hat = x_hat[:, :, s * inner[0].start :, s * inner[1].start :][:, :, : size[0], : size[1]]
+            x_hat = x_hat.clamp(0, 1) if clamped else x_hat
+            return (x_hat - target).square().sum() / x.shape[1]
+
+        @torch.no_grad()
+        def judge(y: Tensor, z: Tensor) -> tuple[float, tuple[bytes, Tensor]]:
+            payload, y_hat = latent.compress(y, z, level)
+            return 8 * len(payload) + weight * float(error(y_hat, clamped=True)), (payload, y_hat)
+
+        start = y[:, :, rows, cols].contiguous()
+        z = latent.analyse_hyper(start, level)
+        best, result = judge(start, z)
+        offset = interpolate(latent.offset_q, level, latent.cfg.levels).to(y)
+        step = torch.exp(-offset * (SCALE_STEP * 2.0**-ACT_FRAC))[None, :, None, None]
+        steps = torch.nn.Parameter((start / step).nan_to_num(0))
+        optimiser = torch.optim.Adam([steps], lr=self.rate)
+        with torch.no_grad():
+            features = type(soft).hyper_synthesis(soft, z, at)
+        soft.hyper_synthesis = lambda z_hat, level: features  # they do not change
+        generator = torch.Generator(y.device).manual_seed(self.seed)
+        judged = {round(self.iterations * min(1.0, JUDGED_FROM + JUDGED_EVERY * k)) for k in range(9)}
+        for done in range(1, self.iterations + 1):
+            t = temperature(done / self.iterations)
+            optimiser.param_groups[0]["lr"] = self.rate * (1.05 - done / self.iterations)
+            soft.rounding = lambda v, t=t: gumbel_round(v, t, generator)
+            y_hat, bits, _ = soft(steps * step, at, z)
+            loss = bits.sum() + weight * error(y_hat)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            if done in judged:
+                now = (steps * step).detach()
+                tries = [z, latent.analyse_hyper(now, level)] if done == self.iterations else [z]
+                for candidate in tries:
+                    cost, coded = judge(now, candidate)
+                    if cost < best:
+                        best, result = cost, coded
+            if self.progress:
+                self.progress(done, self.iterations)
+        return result

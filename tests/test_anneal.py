@@ -1,0 +1,125 @@
+"""The search for a better latent, with the codecs whose test weights are at hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from contract import as_tensor, photo
+from neuralcodec import cli
+from neuralcodec.codecs import registry
+from neuralcodec.codecs.anneal import HOT, TEMPERATURE, Annealer, gumbel_round, temperature, thawed
+from neuralcodec.codecs.base import Codec
+from neuralcodec.codecs.image import decode_picture, encode_picture
+from neuralcodec.container import UsageError, dumps, loads
+from neuralcodec.media.image import Picture, write_picture
+
+LEVEL = 450
+
+
+def cost_of(codec, picture, stream, level=LEVEL):
+    """Bits + lambda * squared error, what the search minimises."""
+    decoded = decode_picture(codec, stream).pixels
+    error = np.square(picture.pixels.astype(float) - decoded).sum() / picture.pixels.shape[2]
+    return 8 * len(dumps(stream)) + codec.lambda_of(level) * error
+
+
+@pytest.fixture(scope="module", params=["hyperprior:test", "mlicv2:test"])
+def codec(request):
+    return registry.load(*registry.split(request.param))
+
+
+def test_lower_cost_and_same_decoder(codec):
+    picture = Picture(photo()[:96, :128])
+    plain = encode_picture(codec, picture, LEVEL)
+    seen: list[tuple[int, int]] = []
+    made: dict = {}
+    search = Annealer(40, progress=lambda done, total: seen.append((done, total)))
+    annealed = encode_picture(codec, picture, LEVEL, tile_encoder=search, trace=made)
+    found: dict = {}
+    decode_picture(codec, loads(dumps(annealed)), trace=found)
+    assert made == found
+    assert seen == [(k, 40) for k in range(1, 41)]
+    assert cost_of(codec, picture, annealed) < 0.995 * cost_of(codec, picture, plain)
+
+
+def test_never_worse_than_the_start(codec):
+    """A search that goes astray gives what the plain encoder gives."""
+    picture = Picture(photo()[:64, :64])
+    plain = encode_picture(codec, picture, LEVEL)
+    wild = encode_picture(codec, picture, LEVEL, tile_encoder=Annealer(3, rate=1e4))
+    assert dumps(wild) == dumps(plain)
+    assert dumps(encode_picture(codec, picture, LEVEL, tile_encoder=Annealer(0))) == dumps(plain)
+
+
+@pytest.mark.parametrize("h, w, channels", [(1, 1, 3), (70, 131, 1), (130, 65, 3)])
+def test_any_size_and_tiles(codec, h, w, channels):
+    picture = Picture(np.ascontiguousarray(photo()[:h, :w, :channels]))
+    stream = encode_picture(codec, picture, LEVEL, tile=64, tile_encoder=Annealer(4))
+    assert len(stream.segments) == -(-h // 64) * -(-w // 64)
+    assert decode_picture(codec, loads(dumps(stream))).pixels.shape == picture.pixels.shape
+
+
+def test_same_seed_same_file(codec):
+    picture = Picture(photo()[:64, :64])
+    a, b = (dumps(encode_picture(codec, picture, LEVEL, tile_encoder=Annealer(6))) for _ in range(2))
+    assert a == b
+
+
+def test_thawed_model_means_what_the_integers_do(codec):
+    """Float values of the thawed model beside those of the exact coder, and gradients through it."""
+    y = codec.analyse(as_tensor(photo()[:128, :128]), LEVEL).clone()
+    z = codec.latent.analyse_hyper(y, LEVEL)
+    exact = codec.latent.compress(y, z, LEVEL)[1]
+    soft = thawed(codec.latent)
+    y.requires_grad_()
+    y_hat, bits, _ = soft(y, torch.tensor([float(LEVEL)]), z)
+    scale = float(exact.abs().mean())
+    assert float((y_hat - exact).abs().mean()) < 5e-3 * scale
+    assert float(bits) == pytest.approx(codec.latent.ideal_bits(y.detach(), z, LEVEL), rel=0.08)  # the latter with those of z
+    (bits.sum() + y_hat.square().sum()).backward()
+    assert torch.isfinite(y.grad).all() and (y.grad != 0).float().mean() > 0.9
+    assert not any("weight" in k for k in codec.latent.state_dict() if ".models." in k)  # the codec itself stays frozen
+
+
+def test_draws_and_temperature():
+    """Near an integer the draw is certain, in the middle it is even; cold draws are integers."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.tensor([0.01, 0.5, 0.99, -1.3]).repeat(4000, 1)
+    q = gumbel_round(v, 0.1, generator)
+    assert torch.allclose(q[:, 0], torch.zeros(4000), atol=1e-3) and torch.allclose(q[:, 2], torch.ones(4000), atol=1e-3)
+    assert abs(float(q[:, 1].mean()) - 0.5) < 0.03
+    assert float((q[:, 1] - torch.round(q[:, 1])).abs().mean()) < 0.05
+    assert float(q[:, 3].min()) >= -2 and float(q[:, 3].max()) <= -1
+    assert temperature(0) == temperature(HOT) == TEMPERATURE > temperature(0.7) > temperature(1)
+    assert temperature(1) == pytest.approx(0.5 * math.exp(-1.3))
+    w = torch.tensor([0.4], requires_grad=True)
+    gumbel_round(w, 0.5, generator).sum().backward()
+    assert float(w.grad) > 0
+
+
+def test_other_codecs_are_refused():
+    with pytest.raises(UsageError, match="cannot be annealed"):
+        Annealer(1)(Other(None), torch.zeros(1, 3, 16, 16), torch.zeros(1, 1, 1, 1), (slice(0, 1),) * 2, (16, 16), 0)
+
+
+class Other(Codec):
+    name = "other"
+
+
+def test_command_line(tmp_path, capsys):
+    parser = cli.build_parser()
+
+    def iterations(text):
+        return cli.annealing_of(parser.parse_args(["encode", "a", *text.split()]))
+
+    assert [iterations(t) for t in ("", "-e 7", "-e 8", "-e 9")] == [0, 0, cli.ANNEALING[8], cli.ANNEALING[9]]
+    assert iterations("-e 9 --iterations 5 -m hyperprior:test") == 5
+    source, files = tmp_path / "a.png", [tmp_path / "plain.nlc", tmp_path / "annealed.nlc"]
+    write = tmp_path / "a.png"
+    with write.open("wb") as file:
+        write_picture(file, Picture(photo()[:64, :96]), "PNG")
+    for options, target in zip(([], ["-e", "9", "--iterations", "20", "--verify"]), files):
+        assert cli.main(["encode", "-m", "hyperprior:test", *options, str(source), "-o", str(target)]) == 0
+    assert "verified" in capsys.readouterr().err
+    assert files[0].read_bytes() != files[1].read_bytes()
