@@ -11,7 +11,7 @@ the SwinV2 block, adaptive channel-wise and global-inter attention context"; wha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -154,6 +154,8 @@ class S2LIC(LatentCodec):
             (32,) * 10, hyper=192, width=192, features=640, squeeze=0, branch=128, channel=64, inter=32, head=32, local=64,
             kernel=5, parameters=(320, 256, 128), residual=(224, 128), spatial_residual=True, mlic_hyper=True)),
     }  # fmt: skip
+    # to measure what the mended gap of the context model is worth
+    presets["light-released"] = replace(presets["light"], latent=replace(presets["light"].latent, see_anchors=False))
 
     def __init__(self, config: Config, preset: str = "custom"):
         super().__init__(config, preset)
