@@ -130,7 +130,8 @@ class FstamSlice(SliceModel):
 
     support = FSTAM([hyper, slices < j]) --3x3--> (+ kxk of the anchors + level) --> trunk --> mu, s. With two ``branches``
     mean and scale have nets and features of their own, as in TCM; with one they share all. The first pass needs no more than
-    the pointwise trunk. ``cfg`` is a codecs.hcfssnet.EntropyConfig.
+    the pointwise trunk. The residual prediction is pointwise, or ``spatial`` as in TCM.
+    ``cfg`` is a codecs.hcfssnet.EntropyConfig.
     """
 
     def __init__(self, known: int, channels: int, cfg: Any):
@@ -146,28 +147,35 @@ class FstamSlice(SliceModel):
         self.bias = nn.ModuleList(LevelBias(n * cfg.context, cfg.knots, cfg.levels) for _ in range(2))
         self.trunk = ExactConv2d(n * cfg.context, n * cfg.trunk, 1, groups=n)
         self.head = ExactConv2d(n * cfg.trunk, 2 * channels, 1, groups=n)
-        self.lrp_in = ExactConv2d(n * cfg.trunk + channels, cfg.residual, 1)
-        self.lrp_out = ExactConv2d(cfg.residual, channels, 1)
         self.relu = ExactReLU()
+        self.spatial_residual = cfg.spatial
+        if cfg.spatial:
+            self.lrp_in = ExactConv2d(kept + channels, cfg.residual, 3)
+            self.lrp_middle = ExactConv2d(cfg.residual, cfg.trunk, 3)
+            self.lrp_out = ExactConv2d(cfg.trunk, channels, 3)
+        else:
+            self.lrp_in = ExactConv2d(n * cfg.trunk + channels, cfg.residual, 1)
+            self.lrp_out = ExactConv2d(cfg.residual, channels, 1)
         with torch.no_grad():
             self.head.weight.mul_(0.3)
             self.head.bias.zero_()
             self.head.bias[channels:] = INIT_SCALE
             self.lrp_out.weight.mul_(0.1)
 
-    def prepare(self, features: Map, done: list[Map], level: Tensor | int) -> Map:
+    def prepare(self, features: Map, done: list[Map], level: Tensor | int) -> tuple[Map, Map]:
+        """(context layer without anchors and level, support of the mean)."""
         parts = features.chunk(self.branches, 1)
-        known = [cat([part, *done]) for part in parts]
-        return cat([conv(net(x)) for conv, net, x in zip(self.support, self.fstam, known)])
+        support = [net(cat([part, *done])) for net, part in zip(self.fstam, parts)]
+        return cat([conv(x) for conv, x in zip(self.support, support)]), support[0]
 
     def parameters_at(self, state, current, half, level, where):
-        bias = self.bias[half](level)
+        known, bias = state[0], self.bias[half](level)
         if where is None:
-            t = state + bias if current is None else state + self.anchors(current) + bias
+            t = known + bias if current is None else known + self.anchors(current) + bias
             t = self.relu(self.trunk(self.relu(t)))
             mu, s = self.head(t).split(self.channels, 1)
             return t, mu, s * SCALE_GAIN
-        t = state.reshape(1, state.shape[1], -1)[:, :, where] + bias.reshape(1, -1, 1)
+        t = known.reshape(1, known.shape[1], -1)[:, :, where] + bias.reshape(1, -1, 1)
         if current is not None:
             t = t + self.anchors.gather(current, where)
         t = self.relu(self.trunk(self.relu(t.clamp())))
@@ -178,4 +186,7 @@ class FstamSlice(SliceModel):
         self.head.bias[self.channels :] = scales
 
     def residual(self, state, t, q, value, half, where):
+        if self.spatial_residual:
+            r = self.relu(self.lrp_middle(self.relu(self.lrp_in(cat([state[1], value])))))
+            return half_step(self.lrp_out(r) if where is None else self.lrp_out.gather(r, where))
         return half_step(self.lrp_out(self.relu(self.lrp_in(cat([t, seen_symbols(q, where is not None)])))))
