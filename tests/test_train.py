@@ -288,9 +288,9 @@ def test_training_for_ms_ssim():
     expected = figures["bpp"] + loop.MS_SSIM_FACTOR * lam**loop.MS_SSIM_POWER * (1 - similarity)
     assert torch.allclose(loss, (expected * lam**-0.5).mean(), rtol=1e-5)
 
-    optimiser = torch.optim.Adam(codec.parameters(), 1e-3)
+    optimiser = torch.optim.Adam(codec.parameters(), 1e-4)
     losses = []
-    for _ in range(15):
+    for _ in range(30):
         optimiser.zero_grad()
         loss, _ = rd_loss(codec, x, level, 0.5, distortion="ms-ssim")
         loss.backward()
