@@ -17,14 +17,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..entropy.context.mlic import MlicConfig, MlicSlice
-from ..entropy.context.mlic_parts import hyper_analysis, hyper_synthesis
-from ..entropy.exact import Grid, bounded
-from ..entropy.hyperprior import ContextHyperprior
-from ..entropy.levels import LevelBias
+from ..entropy.context.mlic_parts import PublishedHyper
 from ..nn.blocks import LevelAffine, ResidualBlock, Upsample
 from ..nn.mixing import TokenMixing
 from ..nn.residual import GeluBlock, StridedBlock, UpsamplingBlock
@@ -32,27 +28,10 @@ from ..nn.transforms import PatchAnalysis, PatchSynthesis, patch_margins
 from .base import LatentCodec
 
 
-class MlicHyperprior(ContextHyperprior):
+class MlicHyperprior(PublishedHyper):
     """The coding loop with the slice models of MLIC, and with its hyper nets where the config says so."""
 
     slice_model = MlicSlice
-
-    def _build_hyper(self, cfg: MlicConfig) -> None:
-        if not cfg.published_hyper:
-            super()._build_hyper(cfg)
-            return
-        if cfg.features != 2 * cfg.channels:
-            raise ValueError("the published hyper synthesis gives twice the channels of y")
-        self.h_a_level = LevelAffine(cfg.channels, cfg.knots, cfg.levels)
-        self.h_a = hyper_analysis(cfg.channels, cfg.width, cfg.hyper)
-        self.z_gain = LevelAffine(cfg.hyper, cfg.knots, cfg.levels)
-        self.h_s_bias = LevelBias(cfg.features, cfg.knots, cfg.levels)
-        self.h_s = hyper_synthesis(cfg.hyper, cfg.channels)
-
-    def hyper_synthesis(self, z_hat: Tensor | Grid, level: Tensor | int) -> Tensor | Grid:
-        if not self.cfg.published_hyper:
-            return super().hyper_synthesis(z_hat, level)
-        return bounded(self.h_s(z_hat) + self.h_s_bias(level))
 
 
 class StridedAnalysis(nn.Module):
@@ -108,6 +87,11 @@ _PUBLISHED = MlicConfig((32,) * 10, hyper=192, width=192, features=640, publishe
                         channel=((192, 3), (128, 3), (128, 3)), local=64, inter=64, intra=64)  # fmt: skip
 _PAPER = replace(_PUBLISHED, rope=True, guide=64, reweight=True)
 
+_LIGHT = Config((64, 96), encoder_blocks=(2, 2, 0), decoder_blocks=(2, 2, 0),
+                latent=MlicConfig((32, 48, 80, 128), hyper=32, width=56, features=56, channel=((40, 1), (56, 3)), local=32,
+                                  inter=16, intra=0, attention=32, entropy=(64, 72), residual=(40,), guide=16,
+                                  **_SMALL))  # fmt: skip
+
 
 class MLICv2(LatentCodec):
     name = "mlicv2"
@@ -116,10 +100,8 @@ class MLICv2(LatentCodec):
                        latent=MlicConfig((8, 8, 16), hyper=8, width=16, features=16, channel=((8, 1), (16, 3)), local=8,
                                          inter=8, intra=8, attention=16, head=8, window=3, entropy=(16, 16), residual=(8,),
                                          guide=8, reweight=True, **_SMALL | {"inter_head": 8})),
-        "light": Config((64, 96), encoder_blocks=(2, 2, 0), decoder_blocks=(2, 2, 0),
-                        latent=MlicConfig((32, 48, 80, 128), hyper=32, width=56, features=56, channel=((40, 1), (56, 3)),
-                                          local=32, inter=16, intra=0, attention=32, entropy=(64, 72), residual=(40,),
-                                          guide=16, **_SMALL)),
+        "light": _LIGHT,
+        "light-selective": replace(_LIGHT, latent=replace(_LIGHT.latent, selective=True)),  # --init from light
         "base": Config((96, 192), encoder_blocks=(3, 4, 0), decoder_blocks=(3, 4, 0),
                        latent=MlicConfig((16, 32, 64, 80, 128), hyper=96, width=128, features=192,
                                          channel=((128, 1), (160, 3)), local=96, inter=32, intra=32, attention=64,
@@ -146,9 +128,10 @@ class MLICv2(LatentCodec):
         self.analysis_margin = -(-reach // self.tile_multiple) * self.tile_multiple
         self.latent = MlicHyperprior(latent)
 
-    def selection_loss(self) -> Tensor:
-        """Cross-entropy in nats, of the last forward, between the choice of symbols to code and |v| > 0.3 steps; per sample."""
-        return torch.stack([loss for model in self.latent.models for loss in model.selection_loss.values()]).sum(0).mean()
+    def auxiliary_loss(self) -> Tensor | float:
+        """Mean cross-entropy in nats between the choice of symbols to code and |v| > 0.3 steps, where there is a choice."""
+        losses = [loss for model in self.latent.models for loss in model.selection_loss.values()]
+        return sum(losses) / len(self.latent.models) if losses else 0.0
 
 
 def _published_margins(mixing: bool) -> tuple[int, int]:

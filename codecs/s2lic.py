@@ -17,10 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..entropy.context.acgc import AcgcConfig, AcgcSlice
-from ..entropy.context.mlic_parts import hyper_analysis, hyper_synthesis
-from ..entropy.exact import Grid, bounded
-from ..entropy.hyperprior import ContextHyperprior
-from ..entropy.levels import LevelBias
+from ..entropy.context.mlic_parts import PublishedHyper
 from ..nn.blocks import LevelAffine, Upsample
 from ..nn.enhance import Enhancement
 from ..nn.swin import SwinStage, spoiled
@@ -46,28 +43,10 @@ class Config:
     published: bool = False
 
 
-class AcgcHyperprior(ContextHyperprior):
-    """The shared entropy model with ACGC slices, and the hyper pair of MLIC++ where the config says so."""
+class AcgcHyperprior(PublishedHyper):
+    """The shared coding loop with ACGC slices, and with the hyper pair of MLIC++ where the config says so."""
 
     slice_model = AcgcSlice
-
-    def _build_hyper(self, cfg: AcgcConfig) -> None:
-        if not cfg.mlic_hyper:
-            return super()._build_hyper(cfg)
-        self.h_a_level = LevelAffine(cfg.channels, cfg.knots, cfg.levels)
-        self.h_a = hyper_analysis(cfg.channels, cfg.width, cfg.hyper)
-        self.z_gain = LevelAffine(cfg.hyper, cfg.knots, cfg.levels)
-        self.h_s = hyper_synthesis(cfg.hyper, cfg.channels)
-        self.h_s_bias = LevelBias(cfg.channels, cfg.knots, cfg.levels)
-
-    def hyper_synthesis(self, z_hat: Tensor | Grid, level: Tensor | int) -> Tensor | Grid:
-        if not self.cfg.mlic_hyper:
-            return super().hyper_synthesis(z_hat, level)
-        first, *others = self.h_s
-        f = bounded(first(z_hat) + self.h_s_bias(level))
-        for layer in others:
-            f = layer(f)
-        return f
 
 
 class Analysis(nn.Module):
@@ -152,7 +131,7 @@ class S2LIC(LatentCodec):
             local=48, kernel=5, parameters=(224, 192), residual=(128,))),
         "paper": Config((192, 192), (64, 32, 5), published=True, latent=AcgcConfig(
             (32,) * 10, hyper=192, width=192, features=640, squeeze=0, branch=128, channel=64, inter=32, head=32, local=64,
-            kernel=5, parameters=(320, 256, 128), residual=(224, 128), spatial_residual=True, mlic_hyper=True)),
+            kernel=5, parameters=(320, 256, 128), residual=(224, 128), spatial_residual=True, published_hyper=True)),
     }  # fmt: skip
     # to measure what the mended gap of the context model is worth
     presets["light-released"] = replace(presets["light"], latent=replace(presets["light"].latent, see_anchors=False))

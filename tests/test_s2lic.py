@@ -24,7 +24,7 @@ from neuralcodec.nn.swin import CosineWindowAttention, SwinStage, SwinV2Block, s
 
 STEP = 2.0**-ACT_FRAC
 SMALL = AcgcConfig((8, 8), hyper=4, width=16, features=32, squeeze=0, branch=8, channel=8, inter=8, head=4, local=8, kernel=5,
-                   parameters=(12, 12), residual=(12, 12), spatial_residual=True, mlic_hyper=True)  # fmt: skip
+                   parameters=(12, 12), residual=(12, 12), spatial_residual=True, published_hyper=True)  # fmt: skip
 
 
 class TestS2LIC(ImageCodecContract):

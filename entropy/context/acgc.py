@@ -51,7 +51,7 @@ OFFSET_KERNEL = 5
 class AcgcConfig(LatentBase):
     """Widths of the entropy model of S2LIC."""
 
-    width: int  # hidden width of h_a (and, unless ``mlic_hyper``, of h_s)
+    width: int  # hidden width of h_a (and, unless ``published_hyper``, of h_s)
     features: int  # channels that h_s hands to the slices
     squeeze: int  # channels to which the finished slices are reduced before their contexts; 0: as they are
     branch: int  # hidden width of the convolutional branch of the channel-wise context
@@ -65,7 +65,7 @@ class AcgcConfig(LatentBase):
     residual: tuple[int, ...]  # hidden widths of the latent residual prediction
     spatial_residual: bool = False  # published: 3x3 on hyper means and slices; else pointwise on the parameter nets
     smooth: bool = True  # GELU; else ReLU, which is faster
-    mlic_hyper: bool = False  # the published h_a and h_s; else those of the control
+    published_hyper: bool = False  # the published h_a and h_s; else those of the control
     see_anchors: bool = True
 
 

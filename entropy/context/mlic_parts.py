@@ -8,10 +8,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from ..exact import ExactConv2d, Grid, pixel_shuffle
+from ...nn.blocks import LevelAffine
+from ..exact import ExactConv2d, Grid, bounded, pixel_shuffle
 from ..exact_tables import ExactGELU
+from ..hyperprior import ContextHyperprior
+from ..levels import LevelBias
 
 PARAMETER_WIDTHS = (320, 256, 128)
 RESIDUAL_WIDTHS = (224, 128)
@@ -65,3 +70,24 @@ def residual_net(inputs: int, channels: int, hidden: tuple[int, ...] = RESIDUAL_
                  act: type[nn.Module] = ExactGELU) -> nn.Sequential:  # fmt: skip
     """inputs -> ``channels``, 3x3 convolutions."""
     return conv_stack((inputs, *hidden, channels), 3, act)
+
+
+class PublishedHyper(ContextHyperprior):
+    """The shared coding loop with the hyper pair above where the config says ``published_hyper``."""
+
+    def _build_hyper(self, cfg: Any) -> None:
+        if not cfg.published_hyper:
+            super()._build_hyper(cfg)
+            return
+        if cfg.features != 2 * cfg.channels:
+            raise ValueError("the published hyper synthesis gives twice the channels of y")
+        self.h_a_level = LevelAffine(cfg.channels, cfg.knots, cfg.levels)
+        self.h_a = hyper_analysis(cfg.channels, cfg.width, cfg.hyper)
+        self.z_gain = LevelAffine(cfg.hyper, cfg.knots, cfg.levels)
+        self.h_s_bias = LevelBias(cfg.features, cfg.knots, cfg.levels)
+        self.h_s = hyper_synthesis(cfg.hyper, cfg.channels)
+
+    def hyper_synthesis(self, z_hat: Tensor | Grid, level: Tensor | int) -> Tensor | Grid:
+        if not self.cfg.published_hyper:
+            return super().hyper_synthesis(z_hat, level)
+        return bounded(self.h_s(z_hat) + self.h_s_bias(level))
