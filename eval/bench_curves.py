@@ -120,6 +120,8 @@ def chart(result: dict[str, Any]) -> Figure:
         of_size.plot(x, [p[side]["seconds"] for p in sizes], "-o", ms=4, lw=2, color=colour, label=side)
         for stage, faint in zip(stages, COLOURS[2:]):
             y = [p[side]["stages"].get(stage, 0.0) for p in sizes]
+            if max(y) < 0.005 * max(p[side]["seconds"] for p in sizes):
+                continue  # it would only stretch the axis
             of_size.plot(x, y, dash, lw=1.1, color=faint, label=f"{side}: {stage}")
         memory.plot(x, [p[side]["peak_mib"] for p in sizes], "-o", ms=4, lw=2, color=colour, label=side)
         if counts:

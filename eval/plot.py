@@ -156,7 +156,8 @@ def rd_chart(results: list[dict[str, Any]], quality: str | None = None, publishe
     axes.set_title(title or f"{first['dataset']}: {first['samples']} {kind.noun}", loc="left", weight="bold")
     handles, labels = axes.get_legend_handles_labels()
     solid = sorted(range(len(labels)), key=lambda i: "(published)" in labels[i])
-    axes.legend([handles[i] for i in solid], [labels[i] for i in solid], loc="lower right", fontsize=8.5, frameon=False, labelcolor=INK)
+    sorted_legend = [handles[i] for i in solid], [labels[i] for i in solid]
+    axes.legend(*sorted_legend, loc="lower right", fontsize=8.5, frameon=False, labelcolor=INK)
     return made
 
 

@@ -217,6 +217,8 @@ def run_codec(name: str, subject: Subject, samples: dict[str, tuple[str, Item]],
     if progress:
         progress(count, len(wanted))
     with store.open("a") as log:
+        if store.stat().st_size and not store.read_bytes().endswith(b"\n"):
+            log.write("\n")  # an earlier run was stopped within a line, which must not swallow the next point
         for (key, _, setting), point in _run(name, subject.kind, subject.settings, tasks, metrics, jobs, threads):
             count += 1
             if progress:
