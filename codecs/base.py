@@ -76,6 +76,10 @@ class ImageCodec(Codec):
         """Training: x (B, 3, h, w) in [0, 1], level (B,) real in 0..1000."""
         raise NotImplementedError
 
+    def auxiliary_loss(self) -> Any:
+        """What else the last forward wants to be minimised, of parts that rate and distortion do not teach."""
+        return 0.0
+
     def kmac_per_pixel(self) -> dict[str, float]:
         """Thousand multiply-adds per pixel of each part, on a 256x256 picture."""
         raise NotImplementedError

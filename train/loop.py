@@ -111,7 +111,7 @@ def rd_loss(codec: ImageCodec, x: Tensor, level: Tensor, power: float, model=Non
         cost = MS_SSIM_FACTOR * lam**MS_SSIM_POWER * dissimilarity(x_hat, x)
     loss = (bpp + cost) * lam**-power
     parts = {f"bpp_{name}": bits.detach() / pixels for name, bits in out.bits.items()}
-    return loss.mean(), {"bpp": bpp.detach(), "mse": mse.detach(), **parts}
+    return loss.mean() + codec.auxiliary_loss(), {"bpp": bpp.detach(), "mse": mse.detach(), **parts}
 
 
 class Objective(torch.nn.Module):

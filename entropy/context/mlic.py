@@ -47,6 +47,7 @@ from ..exact_tables import ExactGELU, ExactLayerNorm, ExactSigmoid, ExactSoftmax
 from ..gaussian import SCALE_MIN, SCALE_STEP
 from ..hyperprior import LatentBase
 from ..levels import LevelBias
+from .attention import LearnedTable
 from .checkerboard import anchor_mask, positions
 from .slices import INIT_SCALE, SCALE_GAIN, Map, SliceModel, half_step, seen_symbols
 
@@ -407,30 +408,15 @@ class GuideContext(nn.Module):
         return bounded(y + self.gate(y))
 
 
-class Offsets(Freezable):
-    """A learned logit per head and pair of places in a window (heads, q, k). Frozen: ``bias_q`` int32, activation grid."""
-
-    _frozen_names = ("bias_q",)
+class Offsets(LearnedTable):
+    """A learned logit per head and pair of places in a window: (heads, q, k)."""
 
     def __init__(self, heads: int, entries: int, index: Tensor):
-        super().__init__()
+        super().__init__(heads, entries)
         self.index = index  # (q, k): which of the entries
-        self.bias = nn.Parameter(torch.zeros(entries, heads))
-
-    def _float_names(self) -> tuple[str, ...]:
-        return ("bias",)
-
-    def _freeze(self) -> dict[str, Tensor]:
-        return {"bias_q": quantise(self.bias).q.to(torch.int32)}
-
-    def _thaw(self) -> dict[str, Tensor]:
-        return {"bias": self.bias_q * 2.0**-ACT_FRAC}
 
     def forward(self, exact: bool) -> Map:
-        if exact:
-            self._need_frozen()
-            return quantise(self.bias_q.double() * 2.0**-ACT_FRAC)[self.index.to(self.bias_q.device)].permute(2, 0, 1)
-        return self.bias[self.index.to(self.bias.device)].permute(2, 0, 1)
+        return super().forward(exact)[:, self.index]
 
 
 class WindowContext(nn.Module):
@@ -525,7 +511,8 @@ class CentreContext(nn.Module):
 class Selection(nn.Module):
     """Guided selective compression: a logit per symbol of a pass, not negative where the symbol is coded.
 
-    It starts as the plain threshold SELECT_SIGMA on the predicted scale; see ``train`` of the codec's file for how it learns.
+    It starts as the plain threshold SELECT_SIGMA on the predicted scale, and learns from a loss of its own; see
+    ``MlicSlice.coded``.
     """
 
     def __init__(self, channels: int, cfg: MlicConfig, tools: Tools):
@@ -589,6 +576,8 @@ class MlicSlice(SliceModel):
         super().__init__(channels)
         self.tools = tools = Tools(cfg)
         self.spatial_residual = cfg.residual_kernel > 1
+        if self.spatial_residual and cfg.features < cfg.channels:
+            raise ValueError("the residual sees as many features as y has channels, which are more than there are")
         self.means = slice(cfg.features - cfg.channels, cfg.features)  # of the features, that the residual sees
         width = cfg.features
         if known:
@@ -617,7 +606,7 @@ class MlicSlice(SliceModel):
         layers = [(n, cfg.residual_kernel) for n in (*cfg.residual, channels)]
         count = 1 if cfg.shared else 2
         self.residuals = nn.ModuleList(Stack(before, layers, tools.act) for _ in range(count))
-        self.selection_loss: dict[int, Tensor] = {}  # (B,) per pass, of the latest forward
+        self.selection_loss: dict[int, Tensor] = {}  # per pass, of the latest forward in training
         self.selection = nn.ModuleList(Selection(channels, cfg, tools) for _ in range(2 if cfg.selective else 0))
         with torch.no_grad():
             for net in self.residuals:
@@ -666,10 +655,10 @@ class MlicSlice(SliceModel):
         if v is None:
             return self.selection[half](state[0], mu, scale, half, where).q >= 0
         logits = self.selection[half](state[0].detach(), mu.detach(), scale.detach(), half, where)
-        mask = anchor_mask(*mu.shape[2:], mu.device)
-        wanted = (v.detach().abs() > SELECT_SIGMA).to(logits)
-        loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none") * (1 - mask if half else mask)
-        self.selection_loss[half] = loss.flatten(1).sum(1)
+        if self.training:
+            mask = anchor_mask(*mu.shape[2:], mu.device).expand_as(mu)
+            wanted = (v.detach().abs() > SELECT_SIGMA).to(logits)
+            self.selection_loss[half] = F.binary_cross_entropy_with_logits(logits, wanted, weight=1 - mask if half else mask)
         return logits >= 0
 
     def residual(self, state, t, q, value, half, where):
