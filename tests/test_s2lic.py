@@ -11,6 +11,7 @@ from neuralcodec.codecs.s2lic import S2LIC, AcgcConfig, AcgcHyperprior, Config, 
 from neuralcodec.entropy.context.acgc import (
     AcgcSlice,
     ChannelContext,
+    Functions,
     GlobalAttention,
     InterContext,
     mean_over_map,
@@ -225,10 +226,10 @@ def test_attention_refuses_what_could_overflow():
         frozen(GlobalAttention())(big, big, big)
 
 
-@pytest.mark.parametrize("make", [lambda: ChannelContext(12, 10, 8), lambda: InterContext(12, 4, 8, 5, 20)])
-def test_contexts_exact_as_float(make):
+@pytest.mark.parametrize(("kind", "widths"), [(ChannelContext, (12, 10, 8)), (InterContext, (12, 4, 8, 5, 20))])
+def test_contexts_exact_as_float(kind, widths):
     torch.manual_seed(1)
-    context = stir(make(), size=0.05)
+    context = stir(kind(*widths, Functions()), size=0.05)
     x = grid_values(1, 12, 8, 12)
     with torch.no_grad():
         exact, real = frozen(context)(quantise(x)), context(x)

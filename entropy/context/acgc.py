@@ -36,7 +36,7 @@ from ..exact_tables import (
 )  # fmt: skip
 from ..hyperprior import LatentBase, round_ste
 from ..levels import LevelBias
-from .mlic_parts import conv_stack, parameter_net, residual_net
+from .mlic_parts import conv_stack
 from .slices import INIT_SCALE, SCALE_GAIN, Map, SliceModel, half_step, seen_symbols
 
 REACH = 2  # sampling steps by which an offset can move a sample
@@ -150,23 +150,31 @@ class GlobalAttention(Freezable):
         return Grid(torch.cat(parts, 2).transpose(-1, -2), v.frac, v.limit)
 
 
+class Functions:
+    """The functions that the nets of a slice share, so that their tables are stored once. ``act`` is GELU, or ReLU."""
+
+    def __init__(self, smooth: bool = True):
+        self.gelu, self.sigmoid, self.tanh = ExactGELU(), ExactSigmoid(), ExactTanh()
+        self.act: nn.Module = self.gelu if smooth else ExactReLU()
+
+
 class Gate(nn.Sequential):
     """Two pointwise layers and a sigmoid: (B, inputs, h, w) -> (B, outputs, h, w) in 0..1."""
 
-    def __init__(self, inputs: int, hidden: int, outputs: int):
+    def __init__(self, inputs: int, hidden: int, outputs: int, functions: Functions):
         super().__init__(
-            ExactConv2d(inputs, hidden, 1), ExactLayerNorm(hidden, 1), ExactGELU(),
-            ExactConv2d(hidden, outputs, 1), ExactSigmoid(),
+            ExactConv2d(inputs, hidden, 1), ExactLayerNorm(hidden, 1), functions.gelu,
+            ExactConv2d(hidden, outputs, 1), functions.sigmoid,
         )  # fmt: skip
 
 
 class Crossed(nn.Module):
     """Two branches (B, C, h, w), the first weighted per position or per channel by the second, and the other way round."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, functions: Functions):
         super().__init__()
-        self.spatial = Gate(channels, GATE_WIDTH, 1)
-        self.channel = Gate(channels, max(GATE_WIDTH, channels // 8), channels)
+        self.spatial = Gate(channels, GATE_WIDTH, 1, functions)
+        self.channel = Gate(channels, max(GATE_WIDTH, channels // 8), channels, functions)
 
     def forward(self, by_position: Map, by_channel: Map) -> Map:
         """by_position * S(by_channel) + by_channel * C(by_position)."""
@@ -174,22 +182,22 @@ class Crossed(nn.Module):
         return bounded(gated)
 
 
-def depthwise_branch(inputs: int, channels: int) -> nn.Sequential:
+def depthwise_branch(inputs: int, channels: int, functions: Functions) -> nn.Sequential:
     """A pointwise layer, then 3x3 in each channel."""
     return nn.Sequential(
         ExactConv2d(inputs, channels, 1),
-        ExactConv2d(channels, channels, 3, groups=channels), ExactLayerNorm(channels, 1), ExactGELU(),
+        ExactConv2d(channels, channels, 3, groups=channels), ExactLayerNorm(channels, 1), functions.gelu,
     )  # fmt: skip
 
 
 class ChannelContext(nn.Module):
     """ACCTX: (B, inputs, h, w) -> (B, channels, h, w)."""
 
-    def __init__(self, inputs: int, hidden: int, channels: int, act: type[nn.Module] = ExactGELU):
+    def __init__(self, inputs: int, hidden: int, channels: int, functions: Functions):
         super().__init__()
-        self.attend = nn.Sequential(conv_stack((inputs, hidden, channels), 3, act), act())
-        self.depthwise = depthwise_branch(inputs, channels)
-        self.crossed = Crossed(channels)
+        self.attend = nn.Sequential(conv_stack((inputs, hidden, channels), 3, functions.act), functions.act)
+        self.depthwise = depthwise_branch(inputs, channels, functions)
+        self.crossed = Crossed(channels, functions)
 
     def forward(self, p: Map) -> Map:
         return self.crossed(self.attend(p), self.depthwise(p))
@@ -198,19 +206,19 @@ class ChannelContext(nn.Module):
 class InterContext(nn.Module):
     """AGCTX: (B, inputs, h, w) -> (B, channels, h, w), every position attending to samples of the whole map."""
 
-    def __init__(self, inputs: int, head: int, channels: int, kernel: int, samples: int):
+    def __init__(self, inputs: int, head: int, channels: int, kernel: int, samples: int, functions: Functions):
         super().__init__()
         self.heads, self.samples = inputs // head, samples
         width = self.heads * head
         self.query = ExactConv2d(inputs, width, 1)
         self.key_value = ExactConv2d(inputs, 2 * width, 1)
         self.near = ExactConv2d(width, width, OFFSET_KERNEL, groups=width)
-        self.gelu, self.tanh = ExactGELU(), ExactTanh()
+        self.gelu, self.tanh = functions.gelu, functions.tanh
         self.offset = ExactConv2d(width, 2, 1)
         self.attention = GlobalAttention()
         self.out = ExactConv2d(width, channels, kernel)
-        self.depthwise = depthwise_branch(inputs, channels)
-        self.crossed = Crossed(channels)
+        self.depthwise = depthwise_branch(inputs, channels, functions)
+        self.crossed = Crossed(channels, functions)
         with torch.no_grad():  # samples start near their cells
             self.offset.weight.mul_(0.1)
             self.offset.bias.zero_()
@@ -247,12 +255,13 @@ class AcgcSlice(SliceModel):
         super().__init__(channels)
         self.spatial_residual = cfg.spatial_residual
         inputs, local_inputs = cfg.features, channels
-        act = ExactGELU if cfg.smooth else ExactReLU
+        functions = Functions(cfg.smooth)
+        act = functions.act
         if known:
             p = cfg.squeeze or known
             self.reduce = ExactConv2d(known, p, 1) if cfg.squeeze else nn.Identity()
-            self.channel_context = ChannelContext(p, cfg.branch, cfg.channel, act)
-            self.inter_context = InterContext(p, cfg.head, cfg.inter, cfg.kernel, cfg.samples)
+            self.channel_context = ChannelContext(p, cfg.branch, cfg.channel, functions)
+            self.inter_context = InterContext(p, cfg.head, cfg.inter, cfg.kernel, cfg.samples, functions)
             inputs += cfg.channel + cfg.inter
         self.local = None
         if cfg.see_anchors:
@@ -261,16 +270,12 @@ class AcgcSlice(SliceModel):
                 layers, local_inputs = [ExactConv2d(channels, cfg.squeeze, 1, bias=False)], cfg.squeeze
             # on maps that are zero at the others: there it is a checkerboard-masked convolution
             self.local = nn.Sequential(*layers, ExactConv2d(local_inputs, cfg.local, cfg.kernel))
-        seen = (inputs, inputs + cfg.local * cfg.see_anchors)
-        self.nets = nn.ModuleList(parameter_net(n, channels, cfg.parameters, act) for n in seen)
+        per_pass = (inputs, inputs + cfg.local * cfg.see_anchors)
+        self.nets = nn.ModuleList(conv_stack((n, *cfg.parameters, 2 * channels), 1, act) for n in per_pass)
         self.bias = nn.ModuleList(LevelBias(cfg.parameters[0], cfg.knots, cfg.levels) for _ in range(2))
-        if cfg.spatial_residual:
-            self.lrp = nn.ModuleList(
-                residual_net(cfg.features // 2 + known + channels, channels, cfg.residual, act) for _ in range(2)
-            )  # fmt: skip
-        else:
-            widths = (cfg.parameters[-1] + channels, *cfg.residual, channels)
-            self.lrp = nn.ModuleList(conv_stack(widths, 1, act) for _ in range(2))
+        seen = cfg.features // 2 + known if cfg.spatial_residual else cfg.parameters[-1]
+        widths, kernel = (seen + channels, *cfg.residual, channels), 3 if cfg.spatial_residual else 1
+        self.lrp = nn.ModuleList(conv_stack(widths, kernel, act) for _ in range(2))
         with torch.no_grad():
             for net in self.nets:
                 net[-1].weight.mul_(0.3)

@@ -2,8 +2,7 @@
 
     hyper_analysis      y (B, M, h, w) -> z (B, hyper, h/4, w/4), float
     hyper_synthesis     z^ -> (B, 2M, 4h, 4w): the first half belongs to the scales, the second to the means
-    parameter_net       everything known at a position -> mean and scale, 1x1 convolutions
-    residual_net        [means half, finished slices, current slice] -> latent residual, three 3x3 convolutions
+    conv_stack          the nets of mean and scale (1x1) and of the latent residual (3x3)
 """
 
 from __future__ import annotations
@@ -17,9 +16,6 @@ from ..exact import ExactConv2d, Grid, bounded, pixel_shuffle
 from ..exact_tables import ExactGELU
 from ..hyperprior import ContextHyperprior
 from ..levels import LevelBias
-
-PARAMETER_WIDTHS = (320, 256, 128)
-RESIDUAL_WIDTHS = (224, 128)
 
 
 class ExactShuffle(nn.Module):
@@ -42,34 +38,22 @@ def hyper_analysis(channels: int, width: int, hyper: int) -> nn.Sequential:
 
 def hyper_synthesis(hyper: int, channels: int) -> nn.Sequential:
     """h_s: from z^ to 2 * ``channels`` maps at the resolution of y, two 3x3 sub-pixel convolutions on the way."""
-    wide = channels * 3 // 2
+    wide, gelu = channels * 3 // 2, ExactGELU()  # one function, whose table is stored once
     return nn.Sequential(
-        ExactConv2d(hyper, channels, 3), ExactGELU(),
-        ExactConv2d(channels, 4 * channels, 3), ExactShuffle(), ExactGELU(),
-        ExactConv2d(channels, wide, 3), ExactGELU(),
-        ExactConv2d(wide, 4 * wide, 3), ExactShuffle(), ExactGELU(),
+        ExactConv2d(hyper, channels, 3), gelu,
+        ExactConv2d(channels, 4 * channels, 3), ExactShuffle(), gelu,
+        ExactConv2d(channels, wide, 3), gelu,
+        ExactConv2d(wide, 4 * wide, 3), ExactShuffle(), gelu,
         ExactConv2d(wide, 2 * channels, 3),
     )  # fmt: skip
 
 
-def conv_stack(widths: tuple[int, ...], kernel: int, act: type[nn.Module] = ExactGELU) -> nn.Sequential:
+def conv_stack(widths: tuple[int, ...], kernel: int, act: nn.Module) -> nn.Sequential:
     """Convolutions from widths[0] to widths[-1] channels, ``act`` between."""
     layers: list[nn.Module] = []
     for inputs, outputs in zip(widths, widths[1:]):
-        layers += [ExactConv2d(inputs, outputs, kernel), act()]
+        layers += [ExactConv2d(inputs, outputs, kernel), act]
     return nn.Sequential(*layers[:-1])
-
-
-def parameter_net(inputs: int, channels: int, hidden: tuple[int, ...] = PARAMETER_WIDTHS,
-                  act: type[nn.Module] = ExactGELU) -> nn.Sequential:  # fmt: skip
-    """inputs -> 2 * ``channels``, pointwise."""
-    return conv_stack((inputs, *hidden, 2 * channels), 1, act)
-
-
-def residual_net(inputs: int, channels: int, hidden: tuple[int, ...] = RESIDUAL_WIDTHS,
-                 act: type[nn.Module] = ExactGELU) -> nn.Sequential:  # fmt: skip
-    """inputs -> ``channels``, 3x3 convolutions."""
-    return conv_stack((inputs, *hidden, channels), 3, act)
 
 
 class PublishedHyper(ContextHyperprior):
