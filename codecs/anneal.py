@@ -8,7 +8,7 @@ shipped weights stand for (``entropy.exact.thaw``). Iterates are judged by what 
 and the error of the picture that the decoder will see. The start is one of them, so the result is never worse.
 
 Other than in the paper, the hyper-latent stays as it is but for one last try, the variable is y in steps, so that one learning
-rate fits all channels and qualities, and the rate is larger, for a few hundred iterations in place of thousands.
+rate fits all channels and qualities, and the rate is larger and falls, for a few hundred iterations in place of thousands.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..entropy.hyperprior import ContextHyperprior
 from ..entropy.levels import interpolate
 from .base import ImageCodec, LatentCodec
 
-RATE = 0.03  # Adam's, in quantisation steps
+RATE = 0.02  # Adam's, in quantisation steps
 TEMPERATURE = 0.5  # until HOT of the iterations are done
 COOLING = 1.3  # the last temperature is TEMPERATURE * exp(-COOLING), as after the paper's 2,000 iterations
 HOT = 0.35
@@ -47,6 +47,11 @@ def gumbel_round(v: Tensor, t: float, generator: torch.Generator | None = None) 
     lean = (torch.atanh(above) - torch.atanh(1 - above)) / t  # logit of the ceiling
     u = torch.rand(v.shape, generator=generator, device=v.device).clamp_(1e-6, 1 - 1e-6)
     return low + torch.sigmoid((lean + torch.logit(u)) / t)
+
+
+def short_floats(device: torch.device) -> bool:
+    """Whether the synthesis that gradients flow through may run in bfloat16: half the time, 0.4 % of error in the gradient."""
+    return device.type == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def thawed(latent: ContextHyperprior) -> ContextHyperprior:
@@ -92,7 +97,7 @@ class Annealer:
             cells = around.clone()
             cells[:, :, inner[0], inner[1]] = y_hat
             x_hat = codec.g_s(cells.contiguous(memory_format=torch.channels_last), at)
-            x_hat = x_hat[:, :, s * inner[0].start :, s * inner[1].start :][:, :, : size[0], : size[1]]
+            x_hat = x_hat.float()[:, :, s * inner[0].start :, s * inner[1].start :][:, :, : size[0], : size[1]]
             x_hat = x_hat.clamp(0, 1) if clamped else x_hat
             return (x_hat - target).square().sum() / x.shape[1]
 
@@ -118,7 +123,9 @@ class Annealer:
             optimiser.param_groups[0]["lr"] = self.rate * (1.05 - done / self.iterations)
             soft.rounding = lambda v, t=t: gumbel_round(v, t, generator)
             y_hat, bits, _ = soft(steps * step, at, z)
-            loss = bits.sum() + weight * error(y_hat)
+            with torch.autocast(y.device.type, torch.bfloat16, enabled=short_floats(y.device)):
+                distortion = error(y_hat)
+            loss = bits.sum() + weight * distortion
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
