@@ -22,7 +22,8 @@ order), and s is a sign. Taps are what enters the last layer of every
 stage ``g_a.atK`` and ``g_s.atK`` that both codecs have (the skeleton of ``nn.transforms`` and the published transforms name
 them so), y, and the hyper features; P is a 1x1 convolution that starts at the least-squares answer and is dropped in the end.
 Where the paper is silent (weights, schedule, taps) this follows our specification, section 5.
-All losses are weighted like L_RD itself (see ``loop``). A step is in the stage that the recipe's ``distil`` keys say.
+All losses are weighted like L_RD itself (see ``loop``). ``distil_until`` of the recipe says where stages 1 and 2 end; stages
+run one by one draw the same crops as the whole only if its ``stages`` change there too, as in feds-light.toml.
 """
 
 from __future__ import annotations
@@ -227,8 +228,8 @@ class Distillation(Objective):
             self._learn_match(mine["y"], theirs["y"])
         features = self.features(mine, theirs)
         high, low = ALPHA
-        start, end = bounds(recipe, 1)
-        alpha = low + (high - low) * (0.5 + 0.5 * math.cos(math.pi * (done - start) / (end - start))) if phase == 1 else low
+        fallen = min(done / recipe.distil_until[0], 1) if phase == 1 else 1
+        alpha = low + (high - low) * (0.5 + 0.5 * math.cos(math.pi * fallen))
         extra = alpha * features
         figures["feature_loss"] = features.detach()
         if phase == 2:
@@ -241,17 +242,8 @@ class Distillation(Objective):
 
 
 def stage_at(recipe: Recipe, done: float) -> int:
-    """Stage of the distillation at a fraction of the run; 3 where the recipe says nothing."""
-    return recipe.stage(done).get("distil", 3)
-
-
-def bounds(recipe: Recipe, stage: int) -> tuple[float, float]:
-    """Fractions of the run at which a stage of the distillation begins and ends. UsageError if the recipe has no such stage."""
-    ends = [0.0, *(s["until"] for s in recipe.stages)]
-    mine = [n for n, s in enumerate(recipe.stages) if s.get("distil", 3) == stage]
-    if not mine:
-        raise UsageError(f"no stage of the recipe says distil = {stage}")
-    return ends[mine[0]], ends[mine[-1] + 1]
+    """Stage of the distillation, 1 to 3, at a fraction of the run."""
+    return 1 + sum(done >= end for end in recipe.distil_until)
 
 
 def load_teacher(spec: str) -> LatentCodec:
@@ -280,7 +272,7 @@ def set_up(student: LatentCodec, recipe: Recipe, teacher: str | None, stage: int
         if stage != 3:
             raise UsageError(f"stage {stage} needs a --teacher")
         return None, 1.0
-    until = [bounds(recipe, n)[1] for n in (1, 2, 3)][(stage or 3) - 1]
+    until = [*recipe.distil_until, 1.0][(stage or 3) - 1]
     with torch.random.fork_rng(devices=[]):
         return Distillation(student, load_teacher(teacher)), until
 

@@ -57,6 +57,7 @@ class Recipe:
     klt_pictures: int = 192
     seed: int = 0
     distortion: str = "mse"  # or "ms-ssim"
+    distil_until: list[float] = field(default_factory=lambda: [0.15, 0.5])  # fractions of the run that end stages 1 and 2
     channel_order: str = "match"  # or "rank": which teacher channel a student channel follows, see distill.py
     stages: list[dict[str, Any]] = field(default_factory=lambda: [{"until": 1.0, "crop": 128, "batch": 8}])
 
