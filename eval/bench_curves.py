@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..container.errors import UsageError
+from ..container.errors import CodecError, UsageError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -92,7 +92,7 @@ def bench_curves(model: str, rgb: np.ndarray, *, sizes: Sequence[float] = SIZES,
         try:
             with ProcessPoolExecutor(1, context) as pool:
                 return pool.submit(measure, model, rgb, megapixels, count, quality, repeats).result()
-        except (BrokenProcessPool, MemoryError, RuntimeError) as error:
+        except (BrokenProcessPool, CodecError, MemoryError, RuntimeError) as error:
             reason = "its process died, probably for want of memory" if isinstance(error, BrokenProcessPool) else str(error)
             return {"megapixels": megapixels, "threads": count, "error": reason}
 

@@ -83,7 +83,8 @@ def scenes_of(results: list[dict[str, Any]], count: int = SCENES) -> list[tuple[
     sizes = {p["name"]: p["bytes"] for p in lead["points"] if p["setting"] == aim}
     everywhere = [n for n in sizes if all(any(p["name"] == n for p in r["points"]) for r in results)]
     ranked = sorted(everywhere, key=lambda n: sizes[n])
-    chosen = dict.fromkeys(ranked[round((len(ranked) - 1) * (i + 0.5) / count)] for i in range(min(count, len(ranked))))
+    count = min(count, len(ranked))
+    chosen = dict.fromkeys(ranked[round((len(ranked) - 1) * (i + 0.5) / count)] for i in range(count))
     scenes = []
     for name in chosen:
         mine = [[p["bytes"] for p in r["points"] if p["name"] == name] for r in results]

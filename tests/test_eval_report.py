@@ -203,14 +203,21 @@ def test_bits_of_the_latent_add_up_and_lie_where_the_detail_is(codec):
     assert changed[:8].min() > 10 * changed[18:].max()
 
 
-def test_cost_curves(tmp_path):
+@pytest.mark.slow
+def test_cost_curves_in_processes_of_their_own():
     result = bench_curves.bench_curves("hyperprior:test", scene(100, 150), sizes=[0.02], threads=[1], at=0.01, repeats=1)
-    (point,), (other,) = result["sizes"], result["threads"]
+    assert [p["megapixels"] for p in result["sizes"] + result["threads"]] == pytest.approx([0.02, 0.01], rel=0.03)
+    assert bench_curves.bench_curves("hyperprior:nothing", scene(9, 9), sizes=[0.01], threads=[1])["sizes"][0]["error"]
+
+
+def test_cost_curves(tmp_path):
+    point, other = (bench_curves.measure("hyperprior:test", scene(100, 150), size, 1, 50.0, 1) for size in (0.02, 0.01))
     for p in (point, other):
         for side in ("encode", "decode"):
             assert sum(p[side]["stages"].values()) == pytest.approx(p[side]["seconds"], rel=0.01)
             assert p[side]["peak_mib"] >= p["base_mib"] > 50
     assert point["bytes"] > other["bytes"] and point["megapixels"] == pytest.approx(0.02, rel=0.01)
+    result = {"model": "hyperprior:test", "quality": 50.0, "sizes": [other, point], "threads": [other]}
     plot.write(bench_curves.chart(result), tmp_path / "c.png")
     assert Image.open(tmp_path / "c.png").width > 1000
     failed = result | {"sizes": [{"megapixels": 1, "threads": 1, "error": "out of memory"}]}
