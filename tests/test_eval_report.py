@@ -44,7 +44,7 @@ addEventListener("load", () => setTimeout(() => {
   out.textContent = JSON.stringify({
     images: [...document.images].map(i => [i.alt, i.naturalWidth, i.naturalHeight]),
     charts: [...document.querySelectorAll("svg")]
-      .map(s => [s.getBoundingClientRect().width, s.querySelectorAll("path").length]),
+      .map(s => [s.getBoundingClientRect().width, s.querySelectorAll("path,image,text").length]),
     tables: [...document.querySelectorAll("table")].map(t => [t.rows.length, t.innerText.length]),
     at, before, after, second: above.src !== after[0],
     shown: [...document.querySelectorAll(".scene")].map(s => s.offsetHeight > 0),
@@ -95,7 +95,7 @@ def probe(measured) -> dict:
 def test_every_picture_and_table_renders(probe):
     assert len(probe["images"]) == 2 + 2 * 3  # the stage, and two scenes of three
     assert all(w > 0 and h > 0 for _, w, h in probe["images"]), probe["images"]
-    assert len(probe["charts"]) >= 4 and all(width > 200 and paths > 5 for width, paths in probe["charts"])
+    assert len(probe["charts"]) >= 4 and all(width > 200 and marks > 10 for width, marks in probe["charts"])
     assert len(probe["tables"]) == 2 and probe["tables"][0][0] == 3 and all(text > 50 for _, text in probe["tables"][:1])
     assert not probe["wide"]
 
