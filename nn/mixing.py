@@ -10,14 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .blocks import ChannelNorm
+
 EXPANSION = 2
-
-
-class ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of each position of (B, C, h, w)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class Pointwise(nn.Conv2d):
