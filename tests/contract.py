@@ -289,7 +289,7 @@ class ImageCodecContract:
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
         missing = [n for n, p in fresh.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
         assert not missing
         assert losses[-1] < 0.7 * losses[0]
