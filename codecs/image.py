@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..container.errors import CorruptStream, LimitExceeded, UsageError
-from ..container.format import Limits, Segment, Stream
+from ..container.format import DEFAULT_LIMITS, Limits, Segment, Stream
 from ..media.image import Picture
 from .base import LEVELS, ImageCodec
 
@@ -154,7 +154,7 @@ def _integer(header: dict, key: str, low: int, high: int, default: int | None = 
     return value
 
 
-def picture_info(header: dict, limits: Limits = Limits()) -> PictureInfo:
+def picture_info(header: dict, limits: Limits = DEFAULT_LIMITS) -> PictureInfo:
     """Check a header. CorruptStream, LimitExceeded."""
     width, height = _integer(header, "w", 1, 1 << 31), _integer(header, "h", 1, 1 << 31)
     limits.check_picture(width, height, "stream")
@@ -172,7 +172,7 @@ def picture_info(header: dict, limits: Limits = Limits()) -> PictureInfo:
 
 @torch.inference_mode()
 def decode_picture(codec: ImageCodec, stream: Stream, *, roi: tuple[int, int, int, int] | None = None,
-                   limits: Limits = Limits(), progress: Progress | None = None,
+                   limits: Limits = DEFAULT_LIMITS, progress: Progress | None = None,
                    trace: Trace | None = None) -> Picture:  # fmt: skip
     """The picture of a stream, or its region ``roi`` (x, y, width, height). CorruptStream, LimitExceeded, UsageError.
 

@@ -53,6 +53,9 @@ class Limits:
             )
 
 
+DEFAULT_LIMITS = Limits()
+
+
 @dataclass(frozen=True)
 class Segment:
     """A named piece of payload. A damaged ancillary one (metadata) is dropped, a damaged critical one is an error."""
@@ -194,7 +197,7 @@ def sniff(prefix: bytes) -> bool:
     return prefix[: len(MAGIC)] == MAGIC
 
 
-def read_head(file: BinaryIO, limits: Limits = Limits()) -> Head:
+def read_head(file: BinaryIO, limits: Limits = DEFAULT_LIMITS) -> Head:
     """Read a file up to the end of its head, and no further. CorruptStream, LimitExceeded."""
     magic = file.read(len(MAGIC))
     if magic != MAGIC:
@@ -234,7 +237,7 @@ def read_head(file: BinaryIO, limits: Limits = Limits()) -> Head:
     return Head(*fields, entries, offset + len(END))
 
 
-def loads(data: bytes | memoryview, limits: Limits = Limits()) -> Stream:
+def loads(data: bytes | memoryview, limits: Limits = DEFAULT_LIMITS) -> Stream:
     """A file's content, every byte checked. Damaged ancillary segments are dropped and named in ``warnings``."""
     data = bytes(data)
     head = read_head(io.BytesIO(data), limits)

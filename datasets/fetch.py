@@ -19,7 +19,17 @@ from typing import BinaryIO
 
 from ..container.errors import UsageError
 from .registry import (
-    Dataset, DatasetError, Source, by_hand, check_bytes, check_pixels, file_digest, get, names, pixel_hash, root,
+    Dataset,
+    DatasetError,
+    Source,
+    by_hand,
+    check_bytes,
+    check_pixels,
+    file_digest,
+    get,
+    names,
+    pixel_hash,
+    root,
 )  # fmt: skip
 
 CHUNK = 1 << 18

@@ -17,7 +17,7 @@ from PIL import Image, ImageCms, PngImagePlugin, TiffTags, UnidentifiedImageErro
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from ..container.errors import CodecError, LimitExceeded, UnsupportedInput
-from ..container.format import Limits
+from ..container.format import DEFAULT_LIMITS, Limits
 from . import deep
 
 SUFFIXES = {
@@ -89,7 +89,7 @@ def _our_limits() -> Iterator[None]:
 
 def read_picture(
     source: str | Path | bytes,
-    limits: Limits = Limits(),  # noqa: B008
+    limits: Limits = DEFAULT_LIMITS,
     *,
     strip: bool = False,
     name: str | None = None,

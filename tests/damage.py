@@ -13,7 +13,7 @@ def cuts(data: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def mutations(data: bytes, other: bytes, n: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
-    """``n`` damaged copies of ``data``: flips, cuts, splices with ``other``, noise, runs of zeros, inflated bytes, insertions."""
+    """``n`` damaged copies of ``data``: flips, cuts, splices with ``other``, noise, zeros, inflated bytes, insertions."""
     rng = random.Random(seed)
     kinds = ("flip", "flips", "cut", "splice", "noise", "zeros", "inflate", "insert", "remove", "swap")
     made = 0

@@ -23,12 +23,11 @@ class ReferenceDecoder:
 
     def symbol(self, widths: Sequence[int]) -> int:
         slot = self.state & (1 << PRECISION) - 1
-        left = 0
-        for symbol, width in enumerate(widths):
-            if slot < left + width:
-                break
-            left += width
-        self.state = (self.state >> PRECISION) * int(width) + slot - int(left)
+        symbol, left = 0, 0
+        while slot >= left + widths[symbol]:
+            left += widths[symbol]
+            symbol += 1
+        self.state = (self.state >> PRECISION) * int(widths[symbol]) + slot - int(left)
         if self.state < 1 << 32 and self.words:
             self.state = self.state << 32 | self.words.pop()
         return symbol

@@ -2,8 +2,8 @@ import io
 import tracemalloc
 
 import pytest
-from google_crc32c import value as crc32c
 from damage import cuts, mutations
+from google_crc32c import value as crc32c
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from neuralcodec.container import (
@@ -57,7 +57,10 @@ def test_cbor_is_canonical(data):
         assert cbor.encode(value) == data
 
 
-@pytest.mark.parametrize("text", ["1800", "190001", "a2616201616101", "a2616101616102", "9f00ff", "c000", "f7", "62ff00", "8" + "1" * 21])
+@pytest.mark.parametrize(
+    "text",
+    ["1800", "190001", "a2616201616101", "a2616101616102", "9f00ff", "c000", "f7", "62ff00", "8" + "1" * 21],
+)
 def test_cbor_refuses(text):
     data = bytes.fromhex(text + "0" * (len(text) % 2))
     with pytest.raises(CorruptStream):

@@ -40,7 +40,7 @@ def as_samples(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def start_at_klt(codec, pictures: Tensor) -> None:
-    """Fit the transform, the gains and the first scales of ``codec`` to ``pictures`` (n, 3, h, w) uint8, h, w multiples of 16."""
+    """Fit the transform, the gains and the first scales of ``codec`` to ``pictures`` (n, 3, 16h, 16w) uint8."""
     g_a, g_s, latent = codec.g_a, codec.g_s, codec.latent
     for module in codec.modules():
         if hasattr(module, "rest"):  # residual blocks of any kind
