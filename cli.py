@@ -384,42 +384,51 @@ def encode_file(args: argparse.Namespace, name: str) -> None:
     picture = read_picture(data, limits, strip=args.strip, name=name)
     from .codecs import registry
     from .codecs.base import LEVELS, level_of
-    from .codecs.image import decode_picture, encode_picture, fit_level, psnr_of
+    from .codecs.image import decode_picture, encode_picture, fit_costly, fit_level, psnr_of
 
     codec = registry.load(*registry.split(chosen_model(args)), device=device_of(args))
     pixels = picture.width * picture.height
     iterations = annealing_of(args)
     start = time.perf_counter()
-    made: dict[int, tuple[bytes, Any, dict]] = {}
+    made: dict[tuple[int, int], tuple[bytes, Any, dict]] = {}
 
-    def make(level: int) -> bytes:
-        if level not in made:
+    def make(level: int, search: int = iterations) -> bytes:
+        if (level, search) not in made:
             trace: dict = {}
+            options: dict[str, Any] = {"tile": args.tile, "trace": trace}
             with progress_bar(args, os.path.basename(name)) as bar:
-                if iterations:
+                if search:
                     from .codecs.anneal import Annealer
 
-                    search = Annealer(iterations, progress=bar)
-                    stream = encode_picture(codec, picture, level, tile=args.tile, trace=trace, tile_encoder=search)
+                    stream = encode_picture(codec, picture, level, tile_encoder=Annealer(search, progress=bar), **options)
                 else:
-                    stream = encode_picture(codec, picture, level, tile=args.tile, progress=bar, trace=trace)
-            made[level] = dumps(stream), stream, trace
-        return made[level][0]
+                    stream = encode_picture(codec, picture, level, progress=bar, **options)
+            made[level, search] = dumps(stream), stream, trace
+        return made[level, search][0]
 
-    def psnr(level: int) -> float:
-        make(level)
-        return psnr_of(picture.pixels, decode_picture(codec, made[level][1], limits=limits).pixels, picture.peak)
+    def size(level: int, search: int = iterations) -> float:
+        return len(make(level, search))
+
+    def psnr(level: int, search: int = iterations) -> float:
+        make(level, search)
+        decoded = decode_picture(codec, made[level, search][1], limits=limits)
+        return psnr_of(picture.pixels, decoded.pixels, picture.peak)
+
+    def fit(measure: Callable, target: float, tolerance: float, at_most: bool = False) -> tuple[int, float]:
+        if iterations:  # what a search makes of a picture is much like what comes without one
+            return fit_costly(measure, lambda v: measure(v, 0), target, at_most=at_most, tolerance=tolerance)
+        return fit_level(measure, target, at_most=at_most, tolerance=tolerance)
 
     wanted = None
     if args.bpp is not None:
         wanted = (args.bpp, "bpp")
-        level, got = fit_level(lambda v: len(make(v)) * 8 / pixels, args.bpp, at_most=False, tolerance=0.005)
+        level, got = fit(lambda *at: size(*at) * 8 / pixels, args.bpp, 0.005)
     elif args.size is not None:
         wanted = (args.size, "bytes")
-        level, got = fit_level(lambda v: len(make(v)), args.size, at_most=True, tolerance=0.005)
+        level, got = fit(size, args.size, 0.005, at_most=True)
     elif args.psnr is not None:
         wanted = (args.psnr, "dB")
-        level, got = fit_level(psnr, args.psnr, at_most=False, tolerance=0.0003)
+        level, got = fit(psnr, args.psnr, 0.0003)
     else:
         level = level_of(args.quality)
     below = args.size is not None and got <= args.size  # a smaller file than allowed is no failure
@@ -435,7 +444,7 @@ def encode_file(args: argparse.Namespace, name: str) -> None:
     if args.verify:
         trace: dict = {}
         decoded = decode_picture(codec, loads(data, limits), limits=limits, trace=trace)
-        if trace != made[level][2]:
+        if trace != made[level, iterations][2]:
             raise CorruptStream(f"{name}: verification failed: the decoder finds other symbols than the encoder")
         quality = psnr_of(picture.pixels, decoded.pixels, picture.peak)
         checked = f", {quality:.2f} dB, verified"

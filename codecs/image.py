@@ -352,3 +352,21 @@ def fit_level(measure: Callable[[int], float], target: float, *, at_most: bool, 
     fitting = {k: v for k, v in seen.items() if v <= target or not at_most} or {0: value(0)}
     best = min(fitting, key=lambda k: abs(fitting[k] - target))
     return best, fitting[best]
+
+
+def fit_costly(measure: Callable[[int], float], guess: Callable[[int], float], target: float, *, at_most: bool,
+               tolerance: float, tries: int = 4) -> tuple[int, float]:  # fmt: skip
+    """``fit_level`` for a measure that takes long and nearly is a multiple of a cheap ``guess``: at most ``tries`` of it."""
+    seen: dict[int, float] = {}
+    factor = 1.0
+    while len(seen) < tries:
+        level, _ = fit_level(lambda v: guess(v) * factor, target, at_most=at_most, tolerance=tolerance / 2)  # noqa: B023
+        if level in seen:
+            break
+        seen[level] = got = measure(level)
+        if abs(got - target) <= tolerance * target and (got <= target or not at_most):
+            return level, got
+        factor = got / guess(level)
+    fitting = {k: v for k, v in seen.items() if v <= target or not at_most} or seen
+    best = min(fitting, key=lambda k: abs(fitting[k] - target))
+    return best, fitting[best]

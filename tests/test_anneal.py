@@ -123,3 +123,21 @@ def test_command_line(tmp_path, capsys):
         assert cli.main(["encode", "-m", "hyperprior:test", *options, str(source), "-o", str(target)]) == 0
     assert "verified" in capsys.readouterr().err
     assert files[0].read_bytes() != files[1].read_bytes()
+
+
+def test_a_costly_measure_is_asked_seldom():
+    """The target is met with few measurements where the guess is off by a factor, and never exceeded if it must not be."""
+    from neuralcodec.codecs.image import fit_costly
+
+    asked = []
+
+    def measure(level: int) -> float:
+        asked.append(level)
+        return 0.9 * (1000 + level**1.5) + 3 * (level % 2)
+
+    for at_most in (False, True):
+        asked.clear()
+        level, got = fit_costly(measure, lambda v: 1000 + v**1.5, 9000, at_most=at_most, tolerance=0.005)
+        assert got == measure(level) and abs(got - 9000) <= 45 and len(asked) <= 4
+        assert got <= 9000 or not at_most
+    assert fit_costly(measure, lambda v: 1000 + v**1.5, 10, at_most=True, tolerance=0.005)[0] == 0
