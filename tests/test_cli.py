@@ -667,7 +667,8 @@ def test_models(codec_run, codec):
     line = next(line for line in result.out.decode().splitlines() if line.startswith("hyperprior:test"))
     assert codec.model_id.hex() in line
     cards = codec_run("models", "--json").rows[0]
-    assert [c["model_id"] for c in cards if c["preset"] == "test"] == [codec.model_id.hex()]
+    mine = [c["model_id"] for c in cards if (c["codec"], c["preset"]) == ("hyperprior", "test")]
+    assert mine == [codec.model_id.hex()]
 
 
 def test_demo(codec_run, tmp_path):
