@@ -760,7 +760,9 @@ sys.exit(main(sys.argv[1:]))
 def test_killed_while_writing(codec_run, photo, tmp_path, stream_bytes, sent, code):
     (tmp_path / "photo.nlc").write_bytes(b"the old one")
     call = [sys.executable, "-c", SLOW_PUBLISH, "encode", *MODEL, "-f", "photo.png"]
-    with subprocess.Popen(call, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # a shell starts background work with SIGINT ignored, which is inherited: the command is to hear it all the same
+    hear = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), "cwd": tmp_path, "text": True}
+    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **hear) as process:
         assert process.stdout.readline() == "now\n"
         process.send_signal(sent)
         _, err = process.communicate(timeout=120)
