@@ -20,7 +20,7 @@ from ..exact import ACT_MAX, ExactConv2d, ExactReLU, Grid, bounded, cat, matmul
 from ..exact_tables import ExactActivation, ExactGELU, ExactLayerNorm, ExactSigmoid, div_round
 from ..levels import LevelBias
 from .attention import LearnedTable, Map, WindowBlock, merge, windows
-from .slices import INIT_SCALE, SCALE_GAIN, SliceModel, half_step, seen_symbols
+from .slices import INIT_SCALE, SliceModel, half_step, seen_symbols, trunk_and_head
 
 COSINES = (4096, 4017, 3784, 3406, 2896, 2276, 1567, 799)  # round(2**13 * cos(k pi / 16) / 2)
 DCT_FRAC = 26  # grid of the two-dimensional transform, twice that of COSINES
@@ -171,16 +171,11 @@ class FstamSlice(SliceModel):
     def parameters_at(self, state, current, half, level, where):
         known, bias = state[0], self.bias[half](level)
         if where is None:
-            t = known + bias if current is None else known + self.anchors(current) + bias
-            t = self.relu(self.trunk(self.relu(t)))
-            mu, s = self.head(t).split(self.channels, 1)
-            return t, mu, s * SCALE_GAIN
+            return trunk_and_head(self, known + bias if current is None else known + self.anchors(current) + bias)
         t = known.reshape(1, known.shape[1], -1)[:, :, where] + bias.reshape(1, -1, 1)
         if current is not None:
             t = t + self.anchors.gather(current, where)
-        t = self.relu(self.trunk(self.relu(t.clamp())))
-        out = self.head(t)
-        return t, out[:, : self.channels], Grid(out.q[:, self.channels :] * SCALE_GAIN)
+        return trunk_and_head(self, t)
 
     def start_scales(self, scales):
         self.head.bias[self.channels :] = scales

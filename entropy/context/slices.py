@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..exact import ACT_FRAC, ExactConv2d, ExactReLU, Grid, cat, hardtanh
+from ..exact import ACT_FRAC, ExactConv2d, ExactReLU, Grid, bounded, cat, hardtanh
 from ..gaussian import SCALE_MIN, SCALE_STEP
 from ..levels import LevelBias
 
@@ -84,6 +84,14 @@ class SliceModel(nn.Module):
         raise NotImplementedError
 
 
+def trunk_and_head(model: Any, t: Map) -> tuple[Map, Map, Map]:
+    """(t, mu, s) from the sum t that a slice model's trunk sees, by its pointwise ``trunk`` and ``head``; tensors or grids."""
+    t = model.relu(model.trunk(model.relu(bounded(t))))
+    out = model.head(t)
+    mu, s = out[:, : model.channels], out[:, model.channels :]
+    return t, mu, Grid(s.q * SCALE_GAIN) if isinstance(s, Grid) else s * SCALE_GAIN
+
+
 class ConvSlice(SliceModel):
     """Everything known, squeezed to a few channels, through one convolution and a pointwise trunk.
 
@@ -119,9 +127,7 @@ class ConvSlice(SliceModel):
                 shape = hyper.shape
                 current = hyper.new_zeros(shape[0], self.channels, *shape[2:])
             t = self.context(self.squeeze(torch.cat([*done, current], 1))) + hyper + self.bias[half](level)
-            t = self.relu(self.trunk(self.relu(t)))
-            mu, s = self.head(t).split(self.channels, 1)
-            return t, mu, s * SCALE_GAIN
+            return trunk_and_head(self, t)
         h, w = hyper.shape[2:]
         known = [*done, *([] if current is None else [current])]
         if not known:  # one zero channel stands for nothing
@@ -129,10 +135,7 @@ class ConvSlice(SliceModel):
         stacked = cat(known)
         squeezed = self.squeeze.gather(stacked, channels=slice(0, stacked.shape[1])).reshape(1, -1, h, w)
         bias = self.bias[half](level).reshape(1, -1, 1)
-        t = self.context.gather(squeezed, where) + hyper.reshape(1, -1, h * w)[:, :, where] + bias
-        t = self.relu(self.trunk(self.relu(t.clamp())))
-        out = self.head(t)
-        return t, out[:, : self.channels], Grid(out.q[:, self.channels :] * SCALE_GAIN)
+        return trunk_and_head(self, self.context.gather(squeezed, where) + hyper.reshape(1, -1, h * w)[:, :, where] + bias)
 
     def start_scales(self, scales):
         self.head.bias[self.channels :] = scales
