@@ -304,3 +304,28 @@ def test_recipes_name_a_known_distortion(tmp_path):
     (tmp_path / "r.toml").write_text('distortion = "vmaf"\n')
     with pytest.raises(ValueError, match="vmaf"):
         Recipe.read(tmp_path / "r.toml")
+
+
+def test_contexts_are_compared_on_one_transform(folder, tmp_path):
+    """The transform rests, every latent model learns, rates are bytes; a codec with another y is refused."""
+    from neuralcodec.eval.bdrate import load_anchor
+    from neuralcodec.train.contexts import compare, graft
+
+    torch.manual_seed(0)
+    control = registry.codec_class("hyperprior").from_preset("light")
+    stacks = load_folder(folder)
+    start_at_klt(control, stacks[-1])
+    state = control.state_dict()
+    pictures = [p[None].float() / 255 for p in stacks[-1][:1]]
+    anchor = load_anchor("kodak", "vtm")
+    settings = recipe(steps=3, optimiser="muon")
+    rows = compare(["hyperprior", "mlicv2"], state, [stacks[-1]], pictures, settings, anchor, tmp_path)
+    assert [row["model"] for row in rows] == ["hyperprior", "mlicv2"]
+    assert rows[1]["curve"] != rows[0]["curve"] and np.isfinite(rows[1]["bd_rate_to_first"])
+    for name in ("hyperprior", "mlicv2"):
+        trained = torch.load(tmp_path / f"{name}.pt", weights_only=True)["ema"]
+        assert all(torch.equal(trained[k], v) for k, v in state.items() if k.startswith("g_"))
+        fresh_latent = graft(name, state).state_dict()
+        assert any(not torch.equal(trained[k], v) for k, v in fresh_latent.items() if k.startswith("latent.models"))
+    with pytest.raises(ValueError, match="knots"):
+        graft("feds", state)
