@@ -10,9 +10,10 @@ from .errors import (
     UnsupportedInput,
     UsageError,
 )
-from .format import MAGIC, Entry, Head, Limits, Segment, Stream, dumps, loads, read_head, sniff
+from .format import MAGIC, Entry, Head, Limits, Segment, Spool, Stream, dumps, loads, read_head, read_segment, sniff
 
 __all__ = [
     "MAGIC", "CodecError", "CorruptStream", "Entry", "Head", "LimitExceeded", "Limits", "ModelMismatch", "ModelMissing",
-    "Segment", "Stream", "UnknownCodec", "UnsupportedInput", "UsageError", "dumps", "loads", "read_head", "sniff",
+    "Segment", "Spool", "Stream", "UnknownCodec", "UnsupportedInput", "UsageError", "dumps", "loads", "read_head",
+    "read_segment", "sniff",
 ]  # fmt: skip

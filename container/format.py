@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, BinaryIO
@@ -128,10 +129,10 @@ def _read_varint(data: bytes, at: int, what: str) -> tuple[int, int]:
     raise CorruptStream(f"{what}: a number is too long")
 
 
-def _table(segments: list[Segment]) -> bytes:
+def _table(rows: Iterable[tuple[str, bool, int]]) -> bytes:
     out = bytearray()
-    for (name, critical), group in groupby(segments, lambda s: (s.name, s.critical)):
-        lengths = [len(s.data) for s in group]
+    for (name, critical), group in groupby(rows, lambda row: row[:2]):
+        lengths = [length for *_, length in group]
         known = NAMES.index(name) if name in NAMES else _EXPLICIT
         out.append(known | (0 if critical else _ANCILLARY) | (_RUN if len(lengths) > 1 else 0))
         if known == _EXPLICIT:
@@ -180,16 +181,44 @@ def _read_table(data: bytes, limits: Limits) -> Iterator[tuple[str, bool, int]]:
             yield name, critical, length
 
 
-def dumps(stream: Stream) -> bytes:
-    """The bytes of a file. ValueError or TypeError for what the format cannot hold."""
+def _start(stream: Stream, rows: Iterable[tuple[str, bool, int]]) -> bytes:
+    """Everything before the first payload."""
     if len(stream.model_id) != ID_BYTES:
         raise ValueError(f"a model id has {ID_BYTES} bytes")
-    head = cbor.encode([stream.codec, stream.preset, stream.model_id, stream.header]) + _table(stream.segments)
+    head = cbor.encode([stream.codec, stream.preset, stream.model_id, stream.header]) + _table(rows)
     start = bytes([VERSION]) + varint(len(head)) + head
-    parts = [MAGIC, start, crc32c(start).to_bytes(4, "little")]
+    return MAGIC + start + crc32c(start).to_bytes(4, "little")
+
+
+def dumps(stream: Stream) -> bytes:
+    """The bytes of a file. ValueError or TypeError for what the format cannot hold."""
+    parts = [_start(stream, ((s.name, s.critical, len(s.data)) for s in stream.segments))]
     for segment in stream.segments:
         parts += [segment.data, crc32c(bytes(segment.data)).to_bytes(4, "little")]
     return b"".join([*parts, END])
+
+
+class Spool:
+    """The way into a file that is larger than memory: payloads wait in ``file`` until their table can be written."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._rows: list[tuple[str, bool, int]] = []
+
+    def add(self, segment: Segment) -> None:
+        """Append a segment."""
+        self._file.write(segment.data)
+        self._file.write(crc32c(bytes(segment.data)).to_bytes(4, "little"))
+        self._rows.append((segment.name, segment.critical, len(segment.data)))
+
+    def finish(self, stream: Stream, out: BinaryIO) -> int:
+        """Write the file whose head is that of ``stream`` and whose segments are those added; its size in bytes."""
+        start = _start(stream, self._rows)
+        out.write(start)
+        self._file.seek(0)
+        shutil.copyfileobj(self._file, out, 1 << 20)
+        out.write(END)
+        return len(start) + sum(length + 4 for *_, length in self._rows) + len(END)
 
 
 def sniff(prefix: bytes) -> bool:
@@ -235,6 +264,17 @@ def read_head(file: BinaryIO, limits: Limits = DEFAULT_LIMITS) -> Head:
         entries.append(Entry(name, critical, offset, length))
         offset += length + 4
     return Head(*fields, entries, offset + len(END))
+
+
+def read_segment(file: BinaryIO, entry: Entry) -> bytes:
+    """The payload of one row of the table, from a file that can seek. CorruptStream when it is cut or changed."""
+    file.seek(entry.offset)
+    data = file.read(entry.length + 4)
+    if len(data) != entry.length + 4:
+        raise CorruptStream(f"segment {entry.name} is cut short")
+    if crc32c(data[:-4]) != int.from_bytes(data[-4:], "little"):
+        raise CorruptStream(f"segment {entry.name} is damaged (checksum)")
+    return data[:-4]
 
 
 def loads(data: bytes | memoryview, limits: Limits = DEFAULT_LIMITS) -> Stream:

@@ -29,18 +29,23 @@ def atomic_write(path: str | os.PathLike[str], overwrite: bool = False) -> Itera
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if overwrite:
-            os.replace(partial, path)
-        else:
-            _publish(partial, path)
+        publish(partial, path, overwrite)
     except BaseException:
         with suppress(FileNotFoundError):
             os.unlink(partial)
         raise
+
+
+def publish(partial: str, path: Path, overwrite: bool) -> None:
+    """Give a whole file that is on the disk its name."""
+    if overwrite:
+        os.replace(partial, path)
+    else:
+        _rename(partial, path)
     _sync_folder(path.parent)
 
 
-def _publish(partial: str, path: Path) -> None:
+def _rename(partial: str, path: Path) -> None:
     """Rename without overwriting what another process may have put there meanwhile."""
     try:
         os.link(partial, path)
