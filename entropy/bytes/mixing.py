@@ -211,8 +211,9 @@ def map_p16(entry):
 def mix_dot(inputs, weights, at, width):
     """Mix in the stretch domain with the weight set that begins at ``at``: clamped to +-CLAMP."""
     total = np.int64(0)
+    chosen = weights[at : at + width]  # a slice: an index with an offset would not be vectorised
     for i in range(width):
-        total += np.int64(inputs[i]) * np.int64(weights[at + i])
+        total += np.int64(inputs[i]) * np.int64(chosen[i])
     total >>= 16
     return min(max(total, -CLAMP), CLAMP)
 
@@ -221,8 +222,9 @@ def mix_dot(inputs, weights, at, width):
 def mix_train(inputs, weights, at, width, bit, p16, rate):
     """Move a weight set towards ``bit`` where it predicted ``p16``; ``rate`` in 1/65536 (about 100 to 1500)."""
     error = np.int32((((bit << 16) - bit - p16) * rate) >> 12)
+    chosen = weights[at : at + width]
     for i in range(width):
-        weights[at + i] += np.int32(np.int32(inputs[i] * error) + 2048) >> 12
+        chosen[i] = np.int32(chosen[i] + (np.int32(np.int32(inputs[i] * error) + np.int32(2048)) >> np.int32(12)))
 
 
 # --- secondary estimation: uint32[contexts * 33] entries of adaptive maps over the stretch domain ---------------------

@@ -1,0 +1,560 @@
+"""A context-mixing coder of bytes: everything that is not prose, and prose at the fast levels. Format: SPEC.md.
+
+    bytes so far -> contexts (hashes) -> slots, histories, runs -> inputs -> mixers -> mixer -> refinement -> coder
+                 -> match models ---------------------------------^
+                 -> pixels above and to the left (bitmaps) -------^
+
+``code`` is the whole coder, both ways: one function, so that the model of the decoder cannot differ from the encoder's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+
+from .mixing import (
+    BUCKET,
+    MAP_START,
+    STRETCH,
+    apm_next,
+    apm_p16,
+    apm_table,
+    code_bit,
+    coder_finish,
+    coder_start,
+    find_bucket,
+    map_next,
+    map_p16,
+    mix_dot,
+    mix_hash,
+    mix_train,
+    slot_next,
+    slot_p18,
+    squash,
+    stretch,
+)
+
+CONTEXTS = 64
+PIXELS = 12
+_PIXEL_BITS = 20
+_INPUTS = 4  # of a context: slot, history, confidence, run
+_MATCHES = 2
+_SETS = 7
+_SET_SIZE = 2048
+
+
+@njit(cache=True)
+def _is_letter(c):
+    return 65 <= c <= 90 or 97 <= c <= 122 or c >= 128
+
+
+@njit(cache=True)
+def _class_of(c):
+    """Sixteen classes of bytes."""
+    if 97 <= c <= 122:
+        return 1
+    if 65 <= c <= 90:
+        return 2
+    if 48 <= c <= 57:
+        return 3
+    if c == 32:
+        return 4
+    if c == 10 or c == 13:
+        return 5
+    if c == 44 or c == 59 or c == 58:
+        return 6
+    if c == 46 or c == 33 or c == 63:
+        return 7
+    if c == 34 or c == 39 or c == 96:
+        return 8
+    if c == 40 or c == 91 or c == 123 or c == 60:
+        return 9
+    if c == 41 or c == 93 or c == 125 or c == 62:
+        return 10
+    if c == 0:
+        return 11
+    if c == 255:
+        return 12
+    if c < 32:
+        return 13
+    if c >= 128:
+        return 14
+    return 15
+
+
+# text state int64: word, the two words before, starts of this line and the one before, classes, field, its start,
+# stack depth, quote, last punctuation, first byte of the line, indentation, distance to the last zero
+_WORD, _WORD1, _WORD2, _LINE, _ABOVE, _CLASSES, _FIELD, _FIELD_AT, _DEPTH, _QUOTE, _PUNCT, _FIRST, _INDENT, _TAG = range(14)
+_STATE = 14
+_STACK = 64
+
+
+@njit(cache=True)
+def _learn_text(state, stack, data, n):
+    """Follow words, lines, fields, brackets and quotes over the byte before position ``n``."""
+    c = np.int64(data[n - 1])
+    if _is_letter(c):
+        state[_WORD] = mix_hash(state[_WORD], c | 32 if c < 128 else c)
+    elif state[_WORD] != 0:
+        state[_WORD2] = state[_WORD1]
+        state[_WORD1] = state[_WORD]
+        state[_WORD] = 0
+    kind = _class_of(c)
+    state[_CLASSES] = (state[_CLASSES] << 4 | kind) & 0xFFFFFFFF
+    if c == 10:
+        state[_ABOVE] = state[_LINE]
+        state[_LINE] = n
+        state[_FIELD] = 0
+        state[_FIELD_AT] = n
+        state[_QUOTE] = 0
+        state[_INDENT] = 0
+    elif c == 44 or c == 9 or c == 59 or c == 124:
+        state[_FIELD] += 1
+        state[_FIELD_AT] = n
+    if n - 1 == state[_LINE]:
+        state[_FIRST] = c
+    if (c == 32 or c == 9) and n - 1 - state[_LINE] == state[_INDENT]:
+        state[_INDENT] += 1
+    if kind >= 6 and kind <= 10 or kind == 15:
+        state[_PUNCT] = c
+    if c == 34:
+        state[_QUOTE] ^= 1
+    depth = state[_DEPTH]
+    if kind == 9:
+        depth = min(depth + 1, _STACK - 1)
+        stack[depth] = mix_hash(state[_WORD1], c)
+    elif kind == 10 and depth > 0:
+        depth -= 1
+    state[_DEPTH] = depth
+    # the name of the innermost element of XML: pushed as "<name" ends, popped by "</"
+    if c == 62 or c == 32:
+        if state[_TAG] < 0:
+            state[_TAG] = state[_WORD1]
+    elif c == 60:
+        state[_TAG] = -1
+
+
+@njit(cache=True)
+def _contexts(out, data, n, state, stack, stride, row, bits, expected, length):
+    """Hashes of all contexts of the byte at ``n``. ``stride``: of records or pixels; ``row``: of lines of them."""
+    c1 = np.int64(data[n - 1]) if n > 0 else 0
+    c2 = np.int64(data[n - 2]) if n > 1 else 0
+    c3 = np.int64(data[n - 3]) if n > 2 else 0
+    c4 = np.int64(data[n - 4]) if n > 3 else 0
+    c5 = np.int64(data[n - 5]) if n > 4 else 0
+    c6 = np.int64(data[n - 6]) if n > 5 else 0
+    c7 = np.int64(data[n - 7]) if n > 6 else 0
+    c8 = np.int64(data[n - 8]) if n > 7 else 0
+    out[0] = 0
+    out[1] = c1
+    out[2] = c2 << 8 | c1
+    out[3] = c3 << 16 | c2 << 8 | c1
+    out[4] = c4 << 24 | out[3]
+    h = mix_hash(out[4], c5)
+    out[5] = h
+    h = mix_hash(h, c6)
+    out[6] = h
+    out[7] = mix_hash(mix_hash(h, c7), c8)
+    word = state[_WORD]
+    out[8] = mix_hash(word, c1)
+    out[9] = mix_hash(out[8], state[_WORD1])
+    out[10] = mix_hash(out[9], state[_WORD2])
+    out[11] = mix_hash(out[8], state[_WORD2])
+    out[12] = mix_hash(state[_CLASSES], c1 if word == 0 else 0)
+    column = n - state[_LINE]
+    at = state[_ABOVE] + column
+    above = np.int64(data[at]) if at < state[_LINE] else 10
+    out[13] = mix_hash(above, min(column, 255))
+    out[14] = mix_hash(above << 8 | c1, 1)
+    out[15] = mix_hash(mix_hash(word, state[_FIRST]), state[_INDENT])
+    out[16] = mix_hash(mix_hash(word, state[_FIELD]), state[_FIELD])
+    out[17] = mix_hash(stack[state[_DEPTH]], c1 | state[_QUOTE] << 8)
+    out[18] = mix_hash(mix_hash(stack[state[_DEPTH]], word), c2 << 8 | c1)
+    out[19] = mix_hash(mix_hash(state[_TAG], word), c1)
+    out[20] = mix_hash(c1 | state[_PUNCT] << 8, state[_WORD1])
+    # sparse
+    out[21] = c2
+    out[22] = c3 << 8 | c2
+    out[23] = c3
+    out[24] = c4
+    out[25] = c3 << 8 | c1
+    out[26] = c4 << 8 | c1
+    out[27] = c4 << 16 | c3 << 8 | c2
+    out[28] = (c1 & 0xF0) | (c2 & 0xF0) << 8 | (c3 & 0xF0) << 16 | (c4 & 0xF0) << 24
+    out[29] = (n & 3) << 16 | c4 << 8 | c1
+    out[30] = (n & 3) << 8 | c1 >> 3 | (c2 & 0xF8) << 16
+    # records: what stands one, two, three strides above, and beside it
+    s = stride
+    a = np.int64(data[n - s]) if n >= s else 0
+    aa = np.int64(data[n - 2 * s]) if n >= 2 * s else 0
+    aaa = np.int64(data[n - 3 * s]) if n >= 3 * s else 0
+    al = np.int64(data[n - s - 1]) if n > s else 0
+    ar = np.int64(data[n - s + 1]) if n >= s > 1 else 0
+    aal = np.int64(data[n - 2 * s - 1]) if n > 2 * s else 0
+    phase = n % s
+    line = (2 * a - aa) & 255
+    out[31] = a << 8 | min(phase, 255)
+    out[32] = a << 16 | c1 << 8 | al
+    out[33] = a << 16 | aa << 8 | c1
+    out[34] = mix_hash(a << 24 | aa << 16 | aaa << 8, 1)
+    out[35] = line << 8 | ((c1 - al) & 255)
+    out[36] = mix_hash(line << 16 | min(phase, 255) << 8 | ((c1 - al) & 255), 2)
+    out[37] = a << 16 | ar << 8 | c1
+    out[38] = phase << 8 | c1
+    out[39] = mix_hash(phase << 16 | c2 << 8 | c1, 3)
+    out[40] = (a + c1 - al) & 255
+    out[41] = mix_hash(a << 24 | al << 16 | c1 << 8 | c2, 4)
+    out[42] = mix_hash((a - aa) << 16 | (c1 - al) << 8 | (al - aal), a)
+    r = row
+    b = np.int64(data[n - r]) if n >= r else 0
+    bl = np.int64(data[n - r - s]) if n >= r + s else 0
+    bb = np.int64(data[n - 2 * r]) if n >= 2 * r else 0
+    br = np.int64(data[n - r + s]) if n >= r > s else 0
+    left = a
+    out[43] = b << 8 | left
+    out[44] = mix_hash(b << 16 | left << 8 | bl, 5)
+    out[45] = mix_hash((b + left - bl) & 255, 6)
+    out[46] = mix_hash(b << 8 | bb, 7)
+    out[47] = mix_hash(b << 16 | br << 8 | c1, 8)
+    out[48] = mix_hash(((b + left - bl) & 255) << 8 | ((left + br - b) & 255), 9)
+    out[49] = mix_hash(b << 24 | left << 16 | c1 << 8 | c2, 10)
+    # what the match model expects
+    out[50] = mix_hash(expected << 8 | min(length, 32), 11) if length else 0
+    out[51] = mix_hash(expected << 8 | c1, 12) if length else c2 << 16 | c1
+    # 16-bit samples: extrapolations of the channel, and the channel beside it
+    x1 = (a << 8 | (np.int64(data[n - s - 1]) if n > s else 0)) if bits == 1 else 0
+    out[52] = mix_hash(x1 >> 4, 13)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which parts of the coder run: ``contexts`` by number, match models, bitmap contexts, refinement; sizes of tables."""
+
+    contexts: tuple[int, ...]
+    pixels: bool = False
+    matches: int = _MATCHES
+    refine: bool = True
+    rate: int = 130
+    slot_limit: int = 30
+
+
+@njit(cache=True)
+def code(
+    data, count, stream, decoding, plan, pixels, matches, refine, rate, slot_limit, stride, row, kind,
+    table, histories, runs, match_maps, match_table, weights, final_weights, apm0, apm1, apm2, pixel_slots, pixel_maps,
+):  # fmt: skip
+    """Code ``count`` bytes of ``data`` into ``stream``, or the other way; length of the stream, -1 when it is full.
+
+    The arrays behind ``kind`` are made by ``_memory`` and are used up.
+    """
+    contexts = len(plan)
+    inputs_used = contexts * _INPUTS + _MATCHES * 2 + 1 + (PIXELS * 3 if pixels else 0)
+    width = (inputs_used + 15) // 16 * 16
+    inputs = np.zeros(width, np.int32)
+    final = np.zeros(16, np.int32)
+    hashes = np.zeros(CONTEXTS, np.int64)
+    base = np.zeros(contexts, np.int64)
+    first = np.zeros(contexts, np.int64)
+    history_at = np.zeros(contexts, np.int64)
+    run_at = np.zeros(contexts, np.int64)
+    run_byte = np.zeros(contexts, np.int64)
+    run_length = np.zeros(contexts, np.int64)
+    state = np.zeros(_STATE, np.int64)
+    stack = np.zeros(_STACK, np.int64)
+    set_at = np.zeros(_SETS, np.int64)
+    set_p = np.zeros(_SETS, np.int64)
+    match_pos = np.zeros(_MATCHES, np.int64)
+    match_len = np.zeros(_MATCHES, np.int64)
+    match_miss = np.zeros(_MATCHES, np.int64)
+    match_at = np.zeros(_MATCHES, np.int64)
+    match_bit = np.zeros(_MATCHES, np.int64)
+    pixel_at = np.zeros(PIXELS, np.int64)
+    pixel_map_at = np.zeros(PIXELS, np.int64)
+    coder = np.zeros(4, np.int64)
+    coder_start(coder, stream, decoding)
+    match_mask = (len(match_table) >> 1) - 1
+    apm_mask = len(apm1) // 33 - 1
+    pixel_mask = (1 << _PIXEL_BITS) - 1
+    for n in range(count):
+        if n > 0:
+            _learn_text(state, stack, data, n)
+        # match models
+        for m in range(matches):
+            least = 6 if m == 0 else 16
+            if match_len[m] > 0 and data[match_pos[m]] == data[n - 1]:
+                match_len[m] = min(match_len[m] + 1, 65535)
+                match_pos[m] += 1
+                match_miss[m] = match_miss[m] << 1 & 255
+            elif match_len[m] > 0:
+                match_miss[m] = (match_miss[m] << 1 | 1) & 255
+                match_pos[m] += 1
+                match_len[m] = 1
+                if match_miss[m] & 15 == 15:
+                    match_len[m] = 0
+            if n >= least:
+                h = np.int64(0)
+                for k in range(1, least + 1):
+                    h = ((h + data[n - k] + 1) * 0x2F0B4C47) & 0xFFFFFFFF
+                at = m * (match_mask + 1) + ((h >> 5) & match_mask)
+                if match_len[m] < least:
+                    candidate = np.int64(match_table[at])
+                    if candidate > 0:
+                        length = 0
+                        while length < 40 and candidate > length and data[candidate - 1 - length] == data[n - 1 - length]:
+                            length += 1
+                        if length >= least:
+                            match_len[m] = length
+                            match_pos[m] = candidate
+                            match_miss[m] = 0
+                match_table[at] = n
+        longest = 0
+        for m in range(matches):
+            if match_len[m] > match_len[longest]:
+                longest = m
+        length = match_len[longest] if matches > 0 else 0
+        expected = np.int64(data[match_pos[longest]]) if length > 0 else 0
+        _contexts(hashes, data, n, state, stack, stride, row, kind, expected, length)
+        for i in range(contexts):
+            hashes[plan[i]] = mix_hash(hashes[plan[i]], plan[i] + 1)
+        c1 = np.int64(data[n - 1]) if n > 0 else 0
+        c2 = np.int64(data[n - 2]) if n > 1 else 0
+        c3 = np.int64(data[n - 3]) if n > 2 else 0
+        above = np.int64(data[n - stride]) if n >= stride else 0
+        phase = min(n % stride, 255)
+        length_step = min(length, 15) if length < 16 else min(16 + ((length - 16) >> 3), 31)
+        text_class = state[_CLASSES] & 0xFF
+        byte = np.int64(data[n])
+        node = 1
+        for position in range(8):
+            if position == 0 or position == 4:
+                for i in range(contexts):
+                    h = hashes[plan[i]]
+                    if position == 4:
+                        h = mix_hash(h, node)
+                    at = find_bucket(table, h)
+                    base[i] = at
+                    if position == 0:
+                        first[i] = at
+                        run_byte[i] = table[at] & 255
+                        run_length[i] = (table[at] >> 8) & 255
+            local = node if position < 4 else (node & ((1 << (position - 4)) - 1)) | 1 << (position - 4)
+            seen = 0
+            k = 0
+            for i in range(contexts):
+                slot = table[base[i] + local]
+                count_seen = (slot >> 8) & 63
+                if count_seen == 0:
+                    inputs[k] = 0
+                    inputs[k + 1] = 0
+                    inputs[k + 2] = 0
+                    history_at[i] = -1
+                else:
+                    p = slot_p18(slot)
+                    inputs[k] = STRETCH[p >> 6]
+                    at = (i << 10) | (min(count_seen >> 3, 3) << 8) | (slot & 255)
+                    history_at[i] = at
+                    inputs[k + 1] = STRETCH[np.int64(histories[at]) >> 20]
+                    inputs[k + 2] = (p - 131072) >> 9
+                    if i < 8:
+                        seen += 1
+                run_at[i] = -1
+                inputs[k + 3] = 0
+                if run_length[i] > 0 and (run_byte[i] | 256) >> (8 - position) == node:
+                    at = (i << 8) | (min(run_length[i], 31) << 3) | position
+                    run_at[i] = at
+                    s = STRETCH[np.int64(runs[at]) >> 20]
+                    inputs[k + 3] = s if (run_byte[i] >> (7 - position)) & 1 else -s
+                k += 4
+            for m in range(matches):
+                match_at[m] = -1
+                inputs[k] = 0
+                inputs[k + 1] = 0
+                if match_len[m] > 0:
+                    guess = np.int64(data[match_pos[m]])
+                    if (guess | 256) >> (8 - position) == node:
+                        match_bit[m] = (guess >> (7 - position)) & 1
+                        step = min(match_len[m], 15) if match_len[m] < 16 else min(16 + ((match_len[m] - 16) >> 2), 31)
+                        at = ((m << 5 | step) << 3 | (match_miss[m] & 7)) << 3 | position
+                        match_at[m] = at
+                        p = map_p16(match_maps[at])
+                        s = stretch(p)
+                        inputs[k] = s if match_bit[m] else -s
+                        inputs[k + 1] = (p - 32768) >> 7 if match_bit[m] else (32768 - p) >> 7
+                k += 2
+            inputs[k] = 256
+            k += 1
+            if pixels:
+                _pixel_contexts(pixel_at, data, n, row, node, position)
+                for i in range(PIXELS):
+                    at = (i << _PIXEL_BITS) | (mix_hash(pixel_at[i], i) & pixel_mask)
+                    pixel_at[i] = at
+                    slot = pixel_slots[at]
+                    count_seen = (slot >> 8) & 63
+                    if count_seen == 0:
+                        inputs[k] = 0
+                        inputs[k + 1] = 0
+                        inputs[k + 2] = 0
+                        pixel_map_at[i] = -1
+                    else:
+                        p = slot_p18(slot)
+                        inputs[k] = STRETCH[p >> 6]
+                        at = (i << 10) | (min(count_seen >> 3, 3) << 8) | (slot & 255)
+                        pixel_map_at[i] = at
+                        inputs[k + 1] = STRETCH[np.int64(pixel_maps[at]) >> 20]
+                        inputs[k + 2] = (p - 131072) >> 9
+                    k += 3
+            set_at[0] = length_step << 3 | position
+            set_at[1] = node
+            set_at[2] = c1
+            set_at[3] = seen << 3 | position
+            set_at[4] = phase << 3 | position
+            set_at[5] = text_class << 3 | position
+            set_at[6] = above
+            for k in range(_SETS):
+                set_at[k] = (k * _SET_SIZE + set_at[k]) * width
+                s = mix_dot(inputs, weights, set_at[k], width)
+                final[k] = s
+                set_p[k] = squash(s)
+            final_at = (length_step << 3 | position) * 16
+            other_at = (256 + node) * 16
+            s1 = mix_dot(final, final_weights, final_at, 16)
+            s2 = mix_dot(final, final_weights, other_at, 16)
+            p1 = squash(s1)
+            p2 = squash(s2)
+            s = (s1 + s2) >> 1
+            p = squash(s)
+            if refine:
+                a1 = mix_hash(node << 8 | c1, 0) & apm_mask
+                a2 = mix_hash(node << 16 | c2 << 8 | c1, 1) & apm_mask
+                r0 = apm_p16(apm0, node, s)
+                r1 = apm_p16(apm1, a1, s)
+                r2 = apm_p16(apm2, a2, s)
+                p = (2 * p + r0 + 2 * r1 + 3 * r2 + 4) >> 3
+            p = min(max(p, 1), 65535)
+            bit = code_bit(coder, stream, (byte >> (7 - position)) & 1, p, decoding)
+            # learn
+            for k in range(_SETS):
+                mix_train(inputs, weights, set_at[k], width, bit, set_p[k], rate)
+            mix_train(final, final_weights, final_at, 16, bit, p1, 40)
+            mix_train(final, final_weights, other_at, 16, bit, p2, 40)
+            if refine:
+                apm_next(apm0, node, s, bit, 127)
+                apm_next(apm1, a1, s, bit, 127)
+                apm_next(apm2, a2, s, bit, 127)
+            for i in range(contexts):
+                at = base[i] + local
+                table[at] = slot_next(table[at], bit, slot_limit)
+                at = history_at[i]
+                if at >= 0:
+                    histories[at] = map_next(histories[at], bit, 255)
+                at = run_at[i]
+                if at >= 0:
+                    runs[at] = map_next(runs[at], 1 if (run_byte[i] >> (7 - position)) & 1 == bit else 0, 255)
+            for m in range(matches):
+                if match_at[m] >= 0:
+                    match_maps[match_at[m]] = map_next(match_maps[match_at[m]], 1 if match_bit[m] == bit else 0, 1023)
+            if pixels:
+                for i in range(PIXELS):
+                    pixel_slots[pixel_at[i]] = slot_next(pixel_slots[pixel_at[i]], bit, 62)
+                    if pixel_map_at[i] >= 0:
+                        pixel_maps[pixel_map_at[i]] = map_next(pixel_maps[pixel_map_at[i]], bit, 1023)
+            node = node << 1 | bit
+        byte = node & 255
+        data[n] = byte
+        for i in range(contexts):
+            head = np.int64(table[first[i]])
+            length = (head >> 8) & 255
+            length = min(length + 1, 255) if length > 0 and head & 255 == byte else 1
+            table[first[i]] = np.int32((head & ~0xFFFF) | length << 8 | byte)
+        if not decoding and coder[3] > len(stream):
+            return -1
+    return coder[3] if decoding else coder_finish(coder, stream)
+
+
+@njit(cache=True)
+def _window(data, at, size):
+    """Bytes at-1, at, at+1 as 24 bits; 0 outside."""
+    w = np.int64(0)
+    for k in range(-1, 2):
+        w = w << 8 | (np.int64(data[at + k]) if 0 <= at + k < size else 0)
+    return w
+
+
+@njit(cache=True)
+def _pixel_contexts(out, data, n, row, node, position):
+    """Neighbourhoods of the pixel ``position`` of byte ``n``, the most significant bit being the left one."""
+    before = (np.int64(data[n - 1]) if n > 0 else 0) | (np.int64(data[n - 2]) << 8 if n > 1 else 0)
+    left = ((before << 8 | (node << (8 - position) & 255)) >> (8 - position)) & 0xFFFFFF  # pixels x-1, x-2, ... from bit 0 up
+    one = _window(data, n - row, n)
+    two = _window(data, n - 2 * row, n)
+    three = _window(data, n - 3 * row, n)
+    shift = 15 - position  # bit of the pixel straight above in a window
+    # a window cut: pixels x-a .. x+b
+    r1 = one >> (shift - 7)  # x+7 at bit 0; x at bit 7
+    r2 = two >> (shift - 7)
+    r3 = three >> (shift - 7)
+    out[0] = (left & 15) << 8 | (r1 >> 5 & 31) << 3 | (r2 >> 6 & 7)
+    out[1] = (left & 3) << 16 | (r1 >> 6 & 7)
+    out[2] = (left & 63) << 20 | (r1 >> 4 & 127) << 8 | (r2 >> 5 & 31)
+    out[3] = (left & 255) << 20 | (r1 >> 3 & 511) << 8 | (r2 >> 4 & 127)
+    out[4] = (left & 31) << 20 | (r1 >> 5 & 31) << 12 | (r2 >> 5 & 31) << 6 | (r3 >> 6 & 7)
+    out[5] = (left & 0xFFF) << 12 | (r1 >> 5 & 31)
+    out[6] = (left & 7) << 20 | (r1 >> 1 & 0x1FFF)
+    out[7] = (r1 >> 5 & 31) << 20 | (r2 >> 5 & 31) << 10 | (r3 >> 5 & 31)
+    out[8] = (left & 0x3FF) << 22 | (r1 >> 2 & 0x7FF) << 11 | (r2 >> 3 & 511)
+    out[9] = (left & 0x3F) << 24 | (r1 >> 3 & 0x1FF) << 14 | (r2 >> 4 & 127) << 7 | (r3 >> 4 & 127)
+    out[10] = left & 0xFFFF
+    out[11] = (left & 1) << 20 | (r1 & 0x7FFF)
+
+
+def _memory(plan: Plan, count: int) -> tuple[np.ndarray, ...]:
+    """Fresh arrays for ``code`` over ``count`` bytes."""
+    contexts = len(plan.contexts)
+    need = max(count, 64) * contexts * 2
+    buckets = 1 << min(max(need - 1, 1).bit_length(), 21)
+    match_bits = min(max(count - 1, 1).bit_length() + 1, 20)
+    inputs = contexts * _INPUTS + _MATCHES * 2 + 1 + (PIXELS * 3 if plan.pixels else 0)
+    width = (inputs + 15) // 16 * 16
+    apm_bits = min(max(count, 1).bit_length(), 16)
+    pixels = PIXELS if plan.pixels else 0
+    weights = np.zeros(width, np.int32)
+    weights[:inputs] = 65536 * 4 // 10 // max(contexts, 1) * 4
+    histories = np.full(max(contexts, 1) << 10, MAP_START, np.uint32)
+    return (
+        np.zeros(buckets * BUCKET, np.int32), _primed_histories(contexts, histories),
+        np.full(max(contexts, 1) << 8, np.uint32(3 << 30), np.uint32), np.full(_MATCHES << 11, np.uint32(3 << 30), np.uint32),
+        np.zeros(_MATCHES << match_bits, np.int32), np.tile(weights, _SETS * _SET_SIZE),
+        np.tile(np.array([65536 // _SETS] * _SETS + [0] * (16 - _SETS), np.int32), 512),
+        apm_table(256), apm_table(1 << apm_bits), apm_table(1 << apm_bits),
+        np.zeros(max(pixels, 1) << _PIXEL_BITS if pixels else 1, np.int32), _primed_histories(pixels, np.full(max(pixels, 1) << 10, MAP_START, np.uint32)),
+    )  # fmt: skip
+
+
+def _primed_histories(rows: int, out: np.ndarray) -> np.ndarray:
+    """Start of the history maps: (ones + 0.4) / (bits + 0.8) with the last bit counted twice."""
+    for history in range(1, 256):
+        size = history.bit_length() - 1
+        bits = [history >> k & 1 for k in range(size)]
+        ones, total = sum(bits) + (bits[0] if bits else 0), size + (1 if bits else 0)
+        p = (10 * ones + 4) * (1 << 22) // (10 * total + 8)
+        for step in range(4):
+            out[(step << 8) + history :: 1 << 10] = p << 10
+    return out
+
+
+LEVELS: dict[int, Plan] = {
+    1: Plan((1, 2, 3, 4, 6), matches=1, refine=True),
+    9: Plan(tuple(range(52))),
+}
+
+
+def encode(data: np.ndarray, plan: Plan, stride: int = 1, row: int = 1, kind: int = 0, room: int | None = None) -> bytes | None:
+    """Bytes (uint8) -> stream; None when it would be longer than ``room``."""
+    stream = np.zeros(len(data) + 64 if room is None else room, np.uint8)
+    size = code(
+        data, len(data), stream, False, np.array(plan.contexts, np.int64), plan.pixels, plan.matches, plan.refine, plan.rate,
+        plan.slot_limit, stride, row, kind, *_memory(plan, len(data)),
+    )  # fmt: skip
+    return None if size < 0 or size > len(stream) else stream[:size].tobytes()
