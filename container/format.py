@@ -114,7 +114,8 @@ def varint(n: int) -> bytes:
     return bytes(out)
 
 
-def _read_varint(data: bytes, at: int, what: str) -> tuple[int, int]:
+def read_varint(data: bytes, at: int, what: str) -> tuple[int, int]:
+    """(number, place behind it) of a ``varint`` at a place. CorruptStream, which names ``what`` it was read for."""
     n = 0
     for shift in range(0, 63, 7):
         if at >= len(data):
@@ -154,7 +155,7 @@ def _read_table(data: bytes, limits: Limits) -> Iterator[tuple[str, bool, int]]:
         at += 1
         known = code & _NAME
         if known == _EXPLICIT:
-            size, at = _read_varint(data, at, "segment table")
+            size, at = read_varint(data, at, "segment table")
             raw = data[at : at + size]
             at += size
             if not 0 < size < 128 or len(raw) != size or not raw.isascii() or raw.decode("ascii") in NAMES:
@@ -166,7 +167,7 @@ def _read_table(data: bytes, limits: Limits) -> Iterator[tuple[str, bool, int]]:
             raise CorruptStream(f"segment table: unknown code {known}; a newer version may read this file")
         run = 1
         if code & _RUN:
-            run, at = _read_varint(data, at, "segment table")
+            run, at = read_varint(data, at, "segment table")
             if run < 2 or run > len(data) - at:
                 raise CorruptStream("segment table: bad count")
         critical = not code & _ANCILLARY
@@ -177,7 +178,7 @@ def _read_table(data: bytes, limits: Limits) -> Iterator[tuple[str, bool, int]]:
         if count > limits.max_segments:
             raise LimitExceeded(f"more than {limits.max_segments} segments")
         for _ in range(run):
-            length, at = _read_varint(data, at, "segment table")
+            length, at = read_varint(data, at, "segment table")
             yield name, critical, length
 
 
@@ -242,7 +243,7 @@ def read_head(file: BinaryIO, limits: Limits = DEFAULT_LIMITS) -> Head:
         start += byte
         if byte[0] < 128:
             break
-    size, at = _read_varint(bytes(start), 1, "head")
+    size, at = read_varint(bytes(start), 1, "head")
     if size > limits.max_header_bytes:
         raise LimitExceeded(f"a head of {size} bytes is beyond the limit of {limits.max_header_bytes}")
     rest = file.read(size + 4)
