@@ -98,7 +98,7 @@ class Layout:
         letters = [a if letters.index(a) == i or a == "L" else "L" for i, a in enumerate(letters)]
         for wanted in "XY":
             if wanted not in letters:
-                free = [i for i, a in enumerate(letters) if a == "L" and dims[i] in dims]
+                free = [i for i, a in enumerate(letters) if a == "L"]
                 if free and not (wanted == "Y" and len(free) == 1 and letters.index("X") < free[0]):
                     letters[free[-1]] = wanted
         return "".join(letters)
