@@ -1,0 +1,1 @@
+"""What other libraries load by entry point: the Zarr codec, the xarray backend."""
