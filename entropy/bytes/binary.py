@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
+from ...container.errors import CorruptStream
 from .mixing import (
     BUCKET,
     MAP_START,
@@ -137,7 +138,7 @@ def _learn_text(state, stack, data, n):
 
 
 @njit(cache=True)
-def _contexts(out, data, n, state, stack, stride, row, bits, expected, length):
+def _contexts(out, data, n, state, stack, stride, row, expected, length):
     """Hashes of all contexts of the byte at ``n``. ``stride``: of records or pixels; ``row``: of lines of them."""
     c1 = np.int64(data[n - 1]) if n > 0 else 0
     c2 = np.int64(data[n - 2]) if n > 1 else 0
@@ -223,9 +224,6 @@ def _contexts(out, data, n, state, stack, stride, row, bits, expected, length):
     # what the match model expects
     out[50] = mix_hash(expected << 8 | min(length, 32), 11) if length else 0
     out[51] = mix_hash(expected << 8 | c1, 12) if length else c2 << 16 | c1
-    # 16-bit samples: extrapolations of the channel, and the channel beside it
-    x1 = (a << 8 | (np.int64(data[n - s - 1]) if n > s else 0)) if bits == 1 else 0
-    out[52] = mix_hash(x1 >> 4, 13)
 
 
 @dataclass(frozen=True)
@@ -240,14 +238,14 @@ class Plan:
     slot_limit: int = 30
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def code(
-    data, count, stream, decoding, plan, pixels, matches, refine, rate, slot_limit, stride, row, kind,
+    data, count, stream, decoding, plan, pixels, matches, refine, rate, slot_limit, stride, row,
     table, histories, runs, match_maps, match_table, weights, final_weights, apm0, apm1, apm2, pixel_slots, pixel_maps,
 ):  # fmt: skip
     """Code ``count`` bytes of ``data`` into ``stream``, or the other way; length of the stream, -1 when it is full.
 
-    The arrays behind ``kind`` are made by ``_memory`` and are used up.
+    The arrays from ``table`` on are made by ``_memory`` and are used up.
     """
     contexts = len(plan)
     inputs_used = contexts * _INPUTS + _MATCHES * 2 + 1 + (PIXELS * 3 if pixels else 0)
@@ -315,7 +313,7 @@ def code(
                 longest = m
         length = match_len[longest] if matches > 0 else 0
         expected = np.int64(data[match_pos[longest]]) if length > 0 else 0
-        _contexts(hashes, data, n, state, stack, stride, row, kind, expected, length)
+        _contexts(hashes, data, n, state, stack, stride, row, expected, length)
         for i in range(contexts):
             hashes[plan[i]] = mix_hash(hashes[plan[i]], plan[i] + 1)
         c1 = np.int64(data[n - 1]) if n > 0 else 0
@@ -544,17 +542,55 @@ def _primed_histories(rows: int, out: np.ndarray) -> np.ndarray:
     return out
 
 
-LEVELS: dict[int, Plan] = {
-    1: Plan((1, 2, 3, 4, 6), matches=1, refine=True),
-    9: Plan(tuple(range(52))),
+GENERAL, RECORDS, BITMAP, PICTURE, AUDIO, MACHINE = range(6)
+"""Kinds of data. ``stride`` and ``row``: bytes of a record and of a line of records; row of a bitmap; bytes of a pixel and of a
+row of a picture; bytes of a sample of all channels, and of one channel's; 4 and anything for machine code."""
+
+_LADDER = {
+    1: (1, 2, 3, 4, 6),
+    2: (1, 2, 3, 4, 6, 8),
+    3: (1, 2, 3, 4, 5, 6, 8, 9),
+    4: (1, 2, 3, 4, 5, 6, 8, 9, 11, 12, 18),
+    5: (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 17, 18, 22, 25),
 }
+_TEXT = tuple(range(21))
+_SPARSE = tuple(range(21, 31))
+_RECORD = tuple(range(31, 43))
+_GRID = tuple(range(43, 50))
 
 
-def encode(data: np.ndarray, plan: Plan, stride: int = 1, row: int = 1, kind: int = 0, room: int | None = None) -> bytes | None:
-    """Bytes (uint8) -> stream; None when it would be longer than ``room``."""
-    stream = np.zeros(len(data) + 64 if room is None else room, np.uint8)
-    size = code(
-        data, len(data), stream, False, np.array(plan.contexts, np.int64), plan.pixels, plan.matches, plan.refine, plan.rate,
-        plan.slot_limit, stride, row, kind, *_memory(plan, len(data)),
+def plan_of(effort: int, kind: int) -> Plan:
+    """The parts that an effort 1..9 runs on a kind of data."""
+    if effort <= 5:
+        contexts = _LADDER[effort]
+        if kind in (RECORDS, MACHINE):
+            contexts = tuple(sorted({*contexts, 22, 31, 32, 35, 38}))
+        elif kind in (BITMAP, PICTURE, AUDIO):
+            contexts = tuple(sorted({*contexts, 43, 44, 45}))
+    else:
+        contexts = tuple(range(52))
+    return Plan(contexts, pixels=kind == BITMAP, matches=1 if effort < 4 else 2, refine=effort > 1)
+
+
+def _run(data: np.ndarray, stream: np.ndarray, decoding: bool, plan: Plan, stride: int, row: int) -> int:
+    memory = _memory(plan, len(data))
+    return code(
+        data, len(data), stream, decoding, np.array(plan.contexts, np.int64), plan.pixels, plan.matches, plan.refine,
+        plan.rate, plan.slot_limit, stride, row, *memory,
     )  # fmt: skip
-    return None if size < 0 or size > len(stream) else stream[:size].tobytes()
+
+
+def encode(data: np.ndarray, plan: Plan, stride: int = 4, row: int = 16, room: int | None = None) -> bytes | None:
+    """Bytes (uint8) -> stream; None when it would be longer than ``room`` (default: the length of the data)."""
+    stream = np.zeros((len(data) if room is None else room) + 8, np.uint8)
+    size = _run(data.copy(), stream, False, plan, stride, row)
+    return stream[:size].tobytes() if 0 <= size <= len(stream) - 8 else None
+
+
+def decode(stream: bytes, count: int, plan: Plan, stride: int = 4, row: int = 16) -> np.ndarray:
+    """Stream -> ``count`` bytes (uint8). Damage gives other bytes, which a checksum must find; CorruptStream if it is seen."""
+    data = np.zeros(count, np.uint8)
+    used = _run(data, np.frombuffer(stream, np.uint8).copy(), True, plan, stride, row)
+    if not used - 4 <= len(stream) <= used:
+        raise CorruptStream(f"{len(stream)} bytes of code where the data end after {used}")
+    return data
