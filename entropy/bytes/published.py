@@ -162,8 +162,8 @@ def mixture(settings: Settings, ids: np.ndarray, longest: int) -> Mixture:
     eta = settings.bias_rate * 24_204_406 // 1_000_000  # Q24, times log2(e)
     options = [order if settings.ngram else -1, settings.lzp, settings.bias, eta, settings.rate,
                settings.skip, settings.warmup, a, settings.entries]  # fmt: skip
-    threshold = settings.skip_entropy * (1 << 54) // 1000 if settings.skip_entropy < 500_000 else (1 << 62)
-    constants = [settings.lzp_confidence * 65536 // 1_000_000, settings.lzp_share * 65536 // 1_000_000, threshold]
+    constants = [settings.lzp_confidence * 65536 // 1_000_000, settings.lzp_share * 65536 // 1_000_000,
+                 settings.skip_entropy * (1 << 54) // 1000]  # fmt: skip
     made = Mixture(
         np.array(options, np.int64), np.zeros(8, np.int64), np.asarray(ids, np.int32), np.zeros(a, np.int64),
         np.zeros(a, np.int64), np.zeros(a, np.int64), np.zeros(a, np.int64), np.zeros(a, np.int64),
@@ -186,7 +186,7 @@ def mixture(settings: Settings, ids: np.ndarray, longest: int) -> Mixture:
     return made
 
 
-_OFF = -(1 << 40)
+_OFF, _LOWEST = -(1 << 40), -(1 << 39)
 
 
 # --- exact functions --------------------------------------------------------------------------------------------------
@@ -220,7 +220,8 @@ def _set_weights(m):
     top = m.logs.max()
     e = np.zeros(3, np.int64)
     for j in range(3):
-        m.logs[j] = max(m.logs[j] - top, _OFF)
+        if m.logs[j] > _OFF:
+            m.logs[j] = max(m.logs[j] - top, _LOWEST)
         e[j] = exp2_of(max(m.logs[j], -(64 << 16)) << 8)
     best = int(e.argmax())
     left = 65536
@@ -358,8 +359,8 @@ def _count(m, row, c, symbol):
 def look_up(m):
     """What n-grams and LZP expect next. True when the n-grams are so sure that the language model is not asked.
 
-    With the T_k counts of an order's context: p_k = c_k / (T_k + 5) + 5 / (T_k + 5) * p_(k-1), and p_0 = (c_0 + 1) / (N + A). The
-    sum is written out: a factor for the counts of each order, ``_G0`` (Q48) for those of order 0.
+    With the T_k counts of an order's context: p_k = c_k / (T_k + 5) + 5 / (T_k + 5) * p_(k-1), and p_0 = (c_0 + 1) / (N + A).
+    The sum is written out: a factor for the counts of each order, ``_G0`` (Q48) for those of order 0.
     """
     s = m.scalars
     for i in range(s[_LISTED]):
@@ -444,7 +445,7 @@ def _lzp_p(m, symbol):
 
 @njit(cache=True, nogil=True)
 def set_cdf(m, logits, asked):
-    """Fill ``m.cdf``: A + 1 integers from 0 to 2**24, every step at least 1. ``logits`` (vocabulary,) int32 Q16, if ``asked``."""
+    """Fill ``m.cdf``: A + 1 integers from 0 to 2**24, each step at least 1. ``logits`` (vocabulary,) int32 Q16 if ``asked``."""
     s, a = m.scalars, m.options[_SYMBOLS]
     w_ngram, w_lzp, factor = np.int64(0), np.int64(0), np.int64(0)
     if asked:
