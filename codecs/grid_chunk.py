@@ -25,6 +25,7 @@ from ..media.grid import STRING, Layout
 
 CONSTANT, BYTES, TEXTS, FIELD = range(4)
 KINDS = ("lossless", "absolute", "relative", "range", "bits")
+GROUP_VALUES = 1 << 24
 SMALL = 512  # values below which a general compressor is as good as a model of fields
 _LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 6}]
 _MARKED = 0x5A5A  # low bits of the NaN that stands for a fill value where there are true NaNs too
@@ -164,11 +165,12 @@ def _encode_floats(values: np.ndarray, coding: Coding, threads: int) -> tuple[by
     elif coding.lossy:
         bound = Bound(coding.value, coding.kind)
     ordered = _ordered(field, coding.axes)
-    payload = encode_field(ordered, bound, periodic=coding.periodic, nan_payloads=payloads, threads=threads)
+    options = {"periodic": coding.periodic, "threads": threads, "level_group": _level_group(ordered.shape)}
+    payload = encode_field(ordered, bound, nan_payloads=payloads, **options)
     made = cbor.encode([FIELD, patterns, _limits(ordered) if bound else []]) + payload
     if coding.lossy and _fill_within(ordered, coding) and _new_fills(made, values, coding, threads):
         ordered = _ordered(values, coding.axes)
-        payload = encode_field(ordered, None, periodic=coding.periodic, nan_payloads=True, threads=threads)
+        payload = encode_field(ordered, None, nan_payloads=True, **options)
         made = cbor.encode([FIELD, [], []]) + payload
     return made, keep
 
@@ -247,7 +249,9 @@ def _encode_integers(values: np.ndarray, coding: Coding, threads: int) -> bytes:
     elif len(present) > 1:
         steps = 0
     # a lattice of step 2k + 1: every cell of it holds as many integers on both sides of its middle
-    payload = encode_field(_ordered(field, coding.axes), Bound(steps + 0.5), periodic=coding.periodic, threads=threads)
+    ordered = _ordered(field, coding.axes)
+    payload = encode_field(ordered, Bound(steps + 0.5), periodic=coding.periodic, threads=threads,
+                           level_group=_level_group(ordered.shape))  # fmt: skip
     made = cbor.encode([FIELD, patterns, _limits(field) if steps else []]) + payload
     if steps and _fill_within(field, coding) and _new_fills(made, values, coding, threads):
         return _encode_integers(values, replace(coding, kind="lossless"), threads)
@@ -295,6 +299,13 @@ def _four(shape: tuple[int, ...], axes: str) -> tuple[int, int, int, int]:
 
 def _ordered(values: np.ndarray, axes: str) -> np.ndarray:
     return np.ascontiguousarray(values.transpose(_order(axes))).reshape(_four(values.shape, axes))
+
+
+def _level_group(shape: tuple[int, ...]) -> int | None:
+    """Levels that are coded together: all, or as many as bound the memory of the coder."""
+    times, levels, rows, columns = shape
+    group = max(GROUP_VALUES // max(times * rows * columns, 1), 1)
+    return None if group >= levels else group
 
 
 def _restored(field: np.ndarray, shape: tuple[int, ...], axes: str) -> np.ndarray:

@@ -286,38 +286,11 @@ class GridFile:
             self.size = self._file.seek(0, os.SEEK_END)
             self._plans, self._entries = plans_of(self.head.header, self.head.entries, limits)
             index = read_segment(self._file, next(e for e in self.head.entries if e.name == "index"))
-            self.layout, self._inline = _read_index(index, self._plans, self.head.header, limits)
+            self.layout, self.small = _read_index(index, self._plans, self.head.header, limits)
         except BaseException:
             self._file.close()
             raise
         self.plans = {p.variable.name: p for p in self._plans}
-
-    def where(self, name: str, box: Box) -> str:
-        """A chunk for people: variable, and along the times and levels the positions and their values."""
-        plan = self.plans[name]
-        parts = []
-        for dim, part, axis in zip(plan.variable.dims, box, plan.coding.axes):
-            whole = part.start == 0 and part.stop == self.layout.dims[dim]
-            if axis in "TL" or not whole:
-                last = part.stop - 1
-                text = f"{dim} {part.start}" if part.start == last else f"{dim} {part.start}..{last}"
-                if (values := self._labels(dim)) is not None and axis == "T":
-                    text += f" ({values[part.start]})" if part.start == last else f" ({values[part.start]} .. {values[last]})"
-                parts.append(text)
-        return f"{name}, {', '.join(parts)}" if parts else name
-
-    def _labels(self, dim: str) -> list[str] | None:
-        values = self._inline.get(dim)
-        units = self.layout.variables[dim].attrs.get("units", "") if values is not None else ""
-        if values is None or not isinstance(units, str) or " since " not in units:
-            return None
-        import cftime
-
-        calendar = self.layout.variables[dim].attrs.get("calendar", "standard")
-        try:
-            return [str(d) for d in cftime.num2date(values, units, str(calendar))]
-        except (ValueError, TypeError, OverflowError):
-            return None
 
     def chunk(self, name: str, number: int) -> np.ndarray:
         """Chunk ``number`` (C order) of a variable. CorruptStream names the variable and the time."""
@@ -333,7 +306,7 @@ class GridFile:
                 payload = read_segment(self._file, self._entries[name][number])
             values = decode_chunk(payload, tuple(s.stop - s.start for s in box), plan.coding)
         except CorruptStream as error:
-            raise CorruptStream(f"{self.path}: {self.where(name, box)}: {error}") from None
+            raise CorruptStream(f"{self.path}: {describe_box(plan, self.layout, self.small, box)}: {error}") from None
         with self._lock:
             self._cache[key] = values
             self._cached += values.nbytes
@@ -347,7 +320,7 @@ class GridFile:
         shape = plan.variable.shape
         box = tuple(slice(*s.indices(n)) for s, n in zip(box or (slice(None),) * len(shape), shape))
         if plan.chunks is None:
-            return self._inline[name][box]
+            return self.small[name][box]
         ranges = [range(s.start, s.stop, s.step) for s in box]
         out = np.empty([len(r) for r in ranges], object if plan.variable.dtype == STRING else plan.variable.dtype)
         if not out.size:
@@ -373,6 +346,32 @@ class GridFile:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+def describe_box(plan: Plan, layout: Layout, small: dict[str, np.ndarray], box: Box) -> str:
+    """A chunk for people: variable, and along the times and levels the positions, with the dates where they are known."""
+    parts = []
+    for dim, part, axis in zip(plan.variable.dims, box, plan.coding.axes):
+        if axis in "TL" or (part.start, part.stop) != (0, layout.dims[dim]):
+            last = part.stop - 1
+            text = f"{dim} {part.start}" if part.start == last else f"{dim} {part.start}..{last}"
+            if axis == "T" and (dates := _dates(layout, small, dim)) is not None:
+                text += f" ({dates[part.start]})" if part.start == last else f" ({dates[part.start]} .. {dates[last]})"
+            parts.append(text)
+    return ", ".join([plan.variable.name, *parts])
+
+
+def _dates(layout: Layout, small: dict[str, np.ndarray], dim: str) -> list[str] | None:
+    """The times of a dimension as texts, None where they are not known."""
+    if dim not in small or " since " not in str(layout.variables[dim].attrs.get("units", "")):
+        return None
+    import cftime
+
+    attrs = layout.variables[dim].attrs
+    try:
+        return [str(d) for d in cftime.num2date(small[dim], attrs["units"], str(attrs.get("calendar", "standard")))]
+    except (ValueError, TypeError, OverflowError):
+        return None
 
 
 def is_grid_header(header: dict[str, Any]) -> bool:
@@ -498,7 +497,7 @@ def decode_grid(grid: GridFile, target: Target | None, *, keep_going: bool = Fal
         if progress:
             progress(done)
     if target is not None:
-        for name, values in grid._inline.items():
+        for name, values in grid.small.items():
             if values.ndim == 0 or values.size:
                 target.write(name, tuple(slice(0, n) for n in values.shape), values)
     return damaged
