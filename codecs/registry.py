@@ -19,7 +19,10 @@ ENTRY_POINTS = "neuralcodec.codecs"
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 _classes: dict[str, str] = {}
 # by measurement on Kodak, see README: what codes when nobody asks, and the ends of the choice
-_defaults = {"image": "hyperprior:light", "image-fast": "hyperprior:light", "image-best": "hyperprior:light"}
+_defaults = {
+    "image": "hyperprior:light", "image-fast": "hyperprior:light", "image-best": "hyperprior:light",
+    "bytes": "nacrith:light",
+}  # fmt: skip
 _loaded: dict[tuple[str, str], Codec] = {}
 
 
@@ -34,6 +37,8 @@ register("mlicv2", f"{__package__}.mlicv2:MLICv2")
 register("s2lic", f"{__package__}.s2lic:S2LIC")
 register("feds", f"{__package__}.feds:FEDS")
 register("hcfssnet", f"{__package__}.hcfssnet:HCFSSNet")
+register("nacrith", f"{__package__}.nacrith:Nacrith")
+register("raw", f"{__package__}.bytefile:Raw")
 
 
 def _third_party() -> None:
@@ -101,6 +106,10 @@ def load(codec: str, preset: str = "light", device: str = "cpu") -> Codec:
     cls = codec_class(codec)
     if preset not in cls.presets:
         raise ModelMissing(f"{codec} has no preset {preset[:40]!r}; it has {', '.join(cls.presets)}")
+    if cls.kind == "bytes":  # these find their weights themselves, without torch
+        if (key := (codec, preset)) not in _loaded:
+            _loaded[key] = cls.from_preset(preset)
+        return _loaded[key]
     if (key := (codec, preset)) not in _loaded:
         from .weights import load_weights  # torch
 

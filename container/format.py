@@ -184,8 +184,8 @@ def _read_table(data: bytes, limits: Limits) -> Iterator[tuple[str, bool, int]]:
 
 def _start(stream: Stream, rows: Iterable[tuple[str, bool, int]]) -> bytes:
     """Everything before the first payload."""
-    if len(stream.model_id) != ID_BYTES:
-        raise ValueError(f"a model id has {ID_BYTES} bytes")
+    if len(stream.model_id) not in (0, ID_BYTES):
+        raise ValueError(f"a model id has {ID_BYTES} bytes, or none")
     head = cbor.encode([stream.codec, stream.preset, stream.model_id, stream.header]) + _table(rows)
     start = bytes([VERSION]) + varint(len(head)) + head
     return MAGIC + start + crc32c(start).to_bytes(4, "little")
@@ -256,7 +256,7 @@ def read_head(file: BinaryIO, limits: Limits = DEFAULT_LIMITS) -> Head:
     if not (
         isinstance(fields, list)
         and [type(f) for f in fields] == [str, str, bytes, dict]
-        and len(fields[2]) == ID_BYTES
+        and len(fields[2]) in (0, ID_BYTES)
     ):
         raise CorruptStream("head: not codec, preset, model id and header")
     offset = len(MAGIC) + at + size + 4

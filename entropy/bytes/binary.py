@@ -318,7 +318,6 @@ def code(
             hashes[plan[i]] = mix_hash(hashes[plan[i]], plan[i] + 1)
         c1 = np.int64(data[n - 1]) if n > 0 else 0
         c2 = np.int64(data[n - 2]) if n > 1 else 0
-        c3 = np.int64(data[n - 3]) if n > 2 else 0
         above = np.int64(data[n - stride]) if n >= stride else 0
         phase = min(n % stride, 255)
         length_step = min(length, 15) if length < 16 else min(16 + ((length - 16) >> 3), 31)
@@ -519,19 +518,19 @@ def _memory(plan: Plan, count: int) -> tuple[np.ndarray, ...]:
     pixels = PIXELS if plan.pixels else 0
     weights = np.zeros(width, np.int32)
     weights[:inputs] = 65536 * 4 // 10 // max(contexts, 1) * 4
-    histories = np.full(max(contexts, 1) << 10, MAP_START, np.uint32)
     return (
-        np.zeros(buckets * BUCKET, np.int32), _primed_histories(contexts, histories),
+        np.zeros(buckets * BUCKET, np.int32), _primed_histories(contexts),
         np.full(max(contexts, 1) << 8, np.uint32(3 << 30), np.uint32), np.full(_MATCHES << 11, np.uint32(3 << 30), np.uint32),
         np.zeros(_MATCHES << match_bits, np.int32), np.tile(weights, _SETS * _SET_SIZE),
         np.tile(np.array([65536 // _SETS] * _SETS + [0] * (16 - _SETS), np.int32), 512),
         apm_table(256), apm_table(1 << apm_bits), apm_table(1 << apm_bits),
-        np.zeros(max(pixels, 1) << _PIXEL_BITS if pixels else 1, np.int32), _primed_histories(pixels, np.full(max(pixels, 1) << 10, MAP_START, np.uint32)),
+        np.zeros(pixels << _PIXEL_BITS, np.int32), _primed_histories(pixels),
     )  # fmt: skip
 
 
-def _primed_histories(rows: int, out: np.ndarray) -> np.ndarray:
+def _primed_histories(rows: int) -> np.ndarray:
     """Start of the history maps: (ones + 0.4) / (bits + 0.8) with the last bit counted twice."""
+    out = np.full(rows << 10, MAP_START, np.uint32)
     for history in range(1, 256):
         size = history.bit_length() - 1
         bits = [history >> k & 1 for k in range(size)]

@@ -1,0 +1,245 @@
+"""Files of any bytes through a lossless codec: cut into blocks that are coded in parallel and decode one by one.
+
+    file -> blocks of 4 MiB -> codec.encode_block -> segments "data" -> .nlc
+
+Nothing here imports torch. A block stands for itself: damage elsewhere does not touch it, and any range of the original
+decodes from the blocks that hold it.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, ClassVar
+
+from ..container.errors import CorruptStream, LimitExceeded
+from ..container.format import (
+    DEFAULT_LIMITS,
+    END,
+    Entry,
+    Head,
+    Limits,
+    Segment,
+    Spool,
+    Stream,
+    crc32c,
+    read_head,
+    read_segment,
+)
+from ..entropy.bytes import blocks
+
+_IN_MEMORY = 1 << 26
+MOST_JOBS = 4
+"""Blocks in work at a time at most: one needs up to 200 MB."""
+Progress = Callable[[int, int], None]
+
+
+class BytesCodec:
+    """A codec of bytes. It codes blocks; what is around them is here. ``model_id`` is empty without weights."""
+
+    name: ClassVar[str]
+    kind: ClassVar[str] = "bytes"
+    presets: ClassVar[dict[str, Any]]
+    coder: blocks.BlockCoder | None = None
+
+    def __init__(self, config: Any, preset: str = "custom"):
+        self.config = config
+        self.preset = preset
+        self.model_id = b""
+
+    @classmethod
+    def from_preset(cls, preset: str) -> BytesCodec:
+        """A codec ready to code. KeyError for an unknown preset, ModelMissing without its weights."""
+        return cls(cls.presets[preset], preset)
+
+    def encode_block(self, data: bytes, effort: int) -> list[bytes]:
+        """A piece of a file -> coded blocks."""
+        return blocks.encode(data, effort, self.coder)
+
+    def decode_block(self, block: bytes) -> bytes:
+        """A coded block -> the original, checked."""
+        return blocks.decode(block, self.coder)
+
+
+class Raw(BytesCodec):
+    """Bytes as they are, for files that nothing makes smaller: 31 bytes more than the file."""
+
+    name = "raw"
+    presets: ClassVar[dict[str, Any]] = {"": None}
+
+    def encode_block(self, data: bytes, effort: int) -> list[bytes]:
+        return [data]
+
+    def decode_block(self, block: bytes) -> bytes:
+        return block
+
+
+@dataclass
+class Summary:
+    """What became of a file: bytes before and after, and bytes of original by method."""
+
+    length: int = 0
+    size: int = 0
+    methods: dict[str, int] = field(default_factory=dict)
+    model: str = ""
+
+
+def _ordered(work: Callable, items: Iterable, jobs: int) -> Iterator[Any]:
+    """``map`` over threads that looks no further ahead than there are threads."""
+    if jobs < 2:
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting: deque = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > jobs:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _read_fully(file: BinaryIO, size: int) -> bytes:
+    """``size`` bytes or all that is left; a pipe gives what it has."""
+    parts, left = [], size
+    while left and (part := file.read(left)):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
+
+
+def encode_file(
+    codec: BytesCodec, source: BinaryIO, out: BinaryIO, effort: int = 5, jobs: int = 1, progress: Progress | None = None,
+    total: int = 0, verify: bool = False,
+) -> Summary:  # fmt: skip
+    """Code all of ``source`` into ``out``. Memory is bounded whatever the length; code waits in a temporary file.
+
+    ``total``: length of the source for ``progress`` (done, total), if it is known. ``verify`` decodes every block again.
+    """
+    summary = Summary()
+    pieces = iter(lambda: _read_fully(source, blocks.BLOCK), b"")
+
+    def work(piece: bytes) -> tuple[int, list[bytes]]:
+        made = codec.encode_block(piece, effort)
+        if verify and b"".join(map(codec.decode_block, made)) != piece:
+            raise CorruptStream("verification failed: other bytes came back")
+        return len(piece), made
+
+    with tempfile.SpooledTemporaryFile(_IN_MEMORY) as waiting:
+        spool, sizes = Spool(waiting), []
+        for length, made in _ordered(work, pieces, min(jobs, MOST_JOBS)):
+            summary.length += length
+            for block in made:
+                spool.add(Segment("data", block))
+                sizes.append(len(block))
+                what = blocks.info(block)
+                summary.methods[what["method"]] = summary.methods.get(what["method"], 0) + what["length"]
+            if progress:
+                progress(summary.length, max(total, summary.length))
+        used = set(summary.methods) - {blocks.METHODS[blocks.STORED]}
+        if not used:
+            codec = Raw(None, "")
+            waiting.seek(0)
+            with tempfile.SpooledTemporaryFile(_IN_MEMORY) as plain:
+                spool = Spool(plain)
+                for size in sizes:
+                    block = waiting.read(size + 4)[:size]
+                    spool.add(Segment("data", block[blocks.describe(block).start :]))
+                summary.size = spool.finish(Stream(codec.name, codec.preset, b"", {}), out)
+        else:
+            if used == {blocks.METHODS[blocks.MIXED]}:
+                preset, model_id = "cm", b""  # no weights are needed to decode it
+            else:
+                preset, model_id = codec.preset, codec.model_id
+            summary.size = spool.finish(Stream(codec.name, preset, model_id, {}), out)
+            summary.model = f"{codec.name}:{preset}"
+    summary.model = summary.model or codec.name
+    return summary
+
+
+def _payloads(file: BinaryIO, head: Head) -> Iterator[bytes]:
+    """All segments in the order of the file, without seeking; then the end of it."""
+    for number, entry in enumerate(head.entries):
+        if entry.name != "data":
+            raise CorruptStream(f"segment {number}: {entry.name!r} has no place in a file of bytes")
+        if entry.length > blocks.LONGEST + 64:
+            raise LimitExceeded(f"segment {number}: {entry.length} bytes are beyond the limit of {blocks.LONGEST}")
+        data = _read_fully(file, entry.length + 4)
+        if len(data) != entry.length + 4:
+            raise CorruptStream("file is cut short")
+        if crc32c(data[:-4]) != int.from_bytes(data[-4:], "little"):
+            raise CorruptStream(f"segment {number} is damaged (checksum)")
+        yield data[:-4]
+    end = _read_fully(file, 2)
+    if end[:1] != END:
+        raise CorruptStream("end marker is damaged" if end else "file is cut short")
+    if len(end) > 1:
+        raise CorruptStream("bytes behind the end")
+
+
+def decode_file(
+    codec: BytesCodec, head: Head, source: BinaryIO, out: BinaryIO | None, jobs: int = 1, most: int | None = None,
+    progress: Progress | None = None,
+) -> int:  # fmt: skip
+    """Decode what follows ``head`` in ``source`` into ``out`` (or nowhere); bytes of original.
+
+    Every block is checked before it is written. LimitExceeded beyond ``most`` bytes, CorruptStream.
+    """
+    length = 0
+    for number, data in enumerate(_ordered(codec.decode_block, _payloads(source, head), min(jobs, MOST_JOBS))):
+        length += len(data)
+        if most is not None and length > most:
+            raise LimitExceeded(f"more than {most} bytes (--max-bytes)")
+        if out is not None:
+            out.write(data)
+        if progress:
+            progress(number + 1, len(head.entries))
+    return length
+
+
+def encode_bytes(codec: BytesCodec, data: bytes, effort: int = 5, jobs: int = 1) -> bytes:
+    """Bytes -> the bytes of a file."""
+    out = io.BytesIO()
+    encode_file(codec, io.BytesIO(data), out, effort, jobs)
+    return out.getvalue()
+
+
+def decode_bytes(data: bytes, limits: Limits = DEFAULT_LIMITS, jobs: int = 1) -> bytes:
+    """The bytes of a file -> the original."""
+    from . import registry
+
+    source, out = io.BytesIO(data), io.BytesIO()
+    head = read_head(source, limits)
+    decode_file(registry.load_for(head), head, source, out, jobs, limits.max_decoded_bytes)
+    return out.getvalue()
+
+
+def lengths(head: Head, file: BinaryIO) -> list[int]:
+    """Bytes of original in every segment of a file that can seek, without decoding."""
+    if head.codec == Raw.name:
+        return [entry.length for entry in head.entries]
+    found = []
+    for entry in head.entries:
+        file.seek(entry.offset)
+        found.append(blocks.describe(file.read(min(entry.length, 16))).length)
+    return found
+
+
+def read_range(codec: BytesCodec, head: Head, file: BinaryIO, start: int, size: int) -> bytes:
+    """Bytes start..start+size of the original (fewer at its end), from a file that can seek: only their blocks decode."""
+    parts, at = [], 0
+    found: list[tuple[Entry, int]] = list(zip(head.entries, lengths(head, file)))
+    for entry, length in found:
+        if at < start + size and start < at + length:
+            data = codec.decode_block(read_segment(file, entry))
+            parts.append(data[max(start - at, 0) : start + size - at])
+        at += length
+    return b"".join(parts)
