@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
+from .codecs import grid_cli
 from .container.errors import CodecError, CorruptStream, ModelMissing, UnsupportedInput, UsageError
 from .container.format import Head, Limits, dumps, loads, read_head, sniff
 
@@ -36,6 +37,7 @@ ENCODE_EXAMPLES = f"""examples:
   codec encode --size 100k --verify scan.tif -o scan{SUFFIX}
   cat photo.png | codec encode - -c > photo{SUFFIX}
 
+{grid_cli.EXAMPLES}
 {EXIT_CODES}"""
 DECODE_EXAMPLES = f"""examples:
   codec decode photo{SUFFIX}                    photo.png
@@ -182,7 +184,7 @@ def collect(args: argparse.Namespace, suffixes: set[str]) -> list[str]:
         if name != "-" and os.path.isdir(name) and args.recursive:
             walk = sorted(p for p in Path(name).rglob("*") if p.is_file() and p.suffix.lower() in suffixes)
             if not walk:
-                say(f"codec: {name}: no {'pictures' if suffixes is PICTURES else SUFFIX + ' files'} in this folder")
+                say(f"codec: {name}: no {SUFFIX + ' files' if suffixes == {SUFFIX} else 'pictures or fields'} in this folder")
             found += map(str, walk)
         else:
             found.append(name)
@@ -347,7 +349,9 @@ def _guarded(work: Work, args: argparse.Namespace, name: str) -> int:
 
 
 def encode(args: argparse.Namespace) -> int:
-    return run_batch(args, PICTURES, encode_file, encode_target)
+    if grid_cli.wants_archive(args):
+        return grid_cli.encode_archive(args, collect(args, grid_cli.SUFFIXES))
+    return run_batch(args, PICTURES | grid_cli.SUFFIXES, encode_file, encode_target)
 
 
 def encode_target(args: argparse.Namespace, name: str) -> str:
@@ -375,6 +379,8 @@ def encode_file(args: argparse.Namespace, name: str) -> None:
     """Code one picture as the options say, and write it."""
     target = encode_target(args, name)
     check_free(args, target, name)
+    if grid_cli.is_grid_name(name):
+        return grid_cli.encode_file(args, name, target)
     from .media.image import read_picture
 
     data = read_bytes(name)
@@ -466,7 +472,18 @@ def decode(args: argparse.Namespace) -> int:
     return run_batch(args, {SUFFIX}, decode_file, decode_target)
 
 
+def holds_grid(name: str) -> bool:
+    """Whether an input of decode is a file of fields or an archive of them."""
+    if os.path.isdir(name):
+        return grid_cli.is_grid_name(name)
+    with contextlib.suppress(CodecError, OSError), open(name, "rb") as file:  # the decoder will say what is wrong
+        return grid_cli.is_grid(read_head(file))
+    return False
+
+
 def decode_target(args: argparse.Namespace, name: str) -> str:
+    if holds_grid(name):
+        return target_of(args, name, ".nc")
     suffix = f".{args.format or 'png'}"
     if args.format == "original":
         from .media.image import SUFFIXES
@@ -479,11 +496,13 @@ def decode_target(args: argparse.Namespace, name: str) -> str:
 
 def decode_file(args: argparse.Namespace, name: str) -> None:
     """Decode one file and write the picture."""
+    target = decode_target(args, name)
+    check_free(args, target, name)
+    if holds_grid(name):
+        return grid_cli.decode_file(args, name, target, limits_of(args))
     from .codecs.image import decode_picture, picture_info
     from .media.image import SUFFIXES, check_target, format_of, write_picture
 
-    target = decode_target(args, name)
-    check_free(args, target, name)
     limits = limits_of(args)
     form = format_of(target) if args.output and target != "-" and not args.format else "PNG"
     stream = loads(read_bytes(name), limits)
@@ -519,6 +538,8 @@ def test(args: argparse.Namespace) -> int:
 
 def test_file(args: argparse.Namespace, name: str) -> None:
     limits = limits_of(args)
+    if holds_grid(name):
+        return grid_cli.test_file(args, name, limits)
     stream = loads(read_bytes(name), limits)
     from .codecs import registry
     from .codecs.image import decode_picture
@@ -540,6 +561,8 @@ def info(args: argparse.Namespace) -> int:
 def info_file(args: argparse.Namespace, name: str) -> None:
     """What a file says of itself. Reads the head only, unless --verify. CorruptStream, once shown, for a cut file."""
     notes: list[str] = []
+    if os.path.isdir(name) and grid_cli.is_grid_name(name):
+        return grid_cli.info_archive(args, name)
     if args.verify or name == "-":
         data = read_bytes(name)
         if args.verify:
@@ -565,6 +588,8 @@ def describe_head(head: Head) -> dict[str, Any]:
     """Plain values of a head. The header is not trusted: a stranger may have written it."""
     header = head.header
     row: dict[str, Any] = {"codec": head.codec, "preset": head.preset, "model_id": head.model_id.hex()}
+    if grid_cli.is_grid(head):
+        return row | grid_cli.describe(head) | {"segments": len(head.entries)}
     w, h, q = (header.get(k) for k in ("w", "h", "q"))
     if type(w) is int and type(h) is int and w > 0 and h > 0:
         row |= {"width": w, "height": h, "channels": header.get("c", 3), "depth": header.get("d", 8)}
@@ -578,14 +603,17 @@ def show_info(row: dict[str, Any], verified: bool) -> None:
     """The lines of ``codec info`` for a person."""
     lines = [f"{row['input']}: {row['bytes']:,} bytes, {row['codec']}:{row['preset']}, model {row['model_id']}"]
     counts: dict[str, list[int]] = {}
-    for segment in row["segments"]:
+    if "variables" in row:
+        lines += grid_cli.show(row)
+    for segment in [] if "variables" in row else row["segments"]:
         counts.setdefault(segment["name"], []).append(segment["bytes"])
     if "width" in row:
         colour = ("grey" if row["channels"] == 1 else "RGB") + (" with alpha" if "alpha" in counts else "")
         size = f"{row['width']}x{row['height']}, {colour}, {row['depth']} bit"
         lines.append(f"  {size}, {row['bpp']:.4f} bpp, quality {row['quality']}, from {row['format']}")
-    lines.append("  " + ", ".join(f"{len(v)} x {k}: {sum(v):,} bytes" if len(v) > 1 else f"{k}: {v[0]:,} bytes"
-                                  for k, v in counts.items()))  # fmt: skip
+    if counts:
+        lines.append("  " + ", ".join(f"{len(v)} x {k}: {sum(v):,} bytes" if len(v) > 1 else f"{k}: {v[0]:,} bytes"
+                                      for k, v in counts.items()))  # fmt: skip
     lines += [f"  {warning}" for warning in row["warnings"]]
     if verified and not row["warnings"]:
         lines.append("  all checksums are right")
@@ -766,6 +794,7 @@ def _encode_options(p: argparse.ArgumentParser) -> None:
     how.add_argument("--strip", action="store_true", help="leave out EXIF, XMP and ICC data; turn the picture upright")
     text = "side of a tile in pixels, a multiple of 64; small ones need less memory (default 1024)"
     how.add_argument("--tile", type=count_of(64), default=1024, metavar="N", help=text)
+    grid_cli.add_encode_arguments(p)
     _outputs(p)
     _inputs(p, "encode")
     _limits(p)
@@ -779,6 +808,7 @@ def _decode_options(p: argparse.ArgumentParser) -> None:
         help=f"{', '.join(formats)}, or original: that of the encoded picture (default: by the name at -o, or png)",
     )  # fmt: skip
     how.add_argument("--roi", type=region, metavar="X,Y,W,H", help="only this region: left, top, width, height")
+    grid_cli.add_decode_arguments(p)
     _outputs(p)
     _inputs(p, "decode")
     _limits(p)
@@ -802,7 +832,8 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
         p.set_defaults(func=func)
         return p
 
-    p = verb("encode", "compress pictures", f"Compress pictures: photo.png -> photo{SUFFIX}.", encode, ENCODE_EXAMPLES)
+    text = f"Compress pictures and fields: photo.png -> photo{SUFFIX}, x.nc -> x{SUFFIX}."
+    p = verb("encode", "compress pictures and fields", text, encode, ENCODE_EXAMPLES)
     _encode_options(p)
 
     p = verb("decode", "decompress", f"Decompress: photo{SUFFIX} -> photo.png.", decode, DECODE_EXAMPLES)

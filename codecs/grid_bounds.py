@@ -129,8 +129,9 @@ def lossy_attributes(attrs: dict[str, Any], kind: str, value: float, packed: boo
         found["lossy_compression_maximum_absolute_error"] = np.float64(value)
     elif kind == "relative":
         found["lossy_compression_maximum_relative_error"] = np.float64(value)
-    elif kind == "bits" and keep is not None and not packed:
-        found["quantization"], found["quantization_nsb"] = container, np.int32(keep)
+    elif kind == "bits" and keep is not None:
+        if not packed:
+            found["quantization"], found["quantization_nsb"] = container, np.int32(keep)
         found["lossy_compression_maximum_relative_error"] = np.float64(2.0 ** -(keep + 1))
     return found
 

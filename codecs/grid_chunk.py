@@ -104,7 +104,7 @@ def encode_chunk(values: np.ndarray, coding: Coding, threads: int = 1) -> tuple[
     elif coding.dtype[0] == "f":
         payload, stats.keep = _encode_floats(values, coding, threads)
     else:
-        payload = _encode_integers(values, coding, threads)
+        payload, stats.keep = _encode_integers(values, coding, threads)
     stats.coded = len(payload)
     return payload, stats
 
@@ -232,14 +232,14 @@ def _decode_field(body: bytes, patterns: list, limits: list, shape: tuple[int, .
 # --- integers ---------------------------------------------------------------------------------------------------------
 
 
-def _encode_integers(values: np.ndarray, coding: Coding, threads: int) -> bytes:
+def _encode_integers(values: np.ndarray, coding: Coding, threads: int) -> tuple[bytes, int | None]:
     """Integers, packed reals or not: as a field of whole numbers where these are exact, or as bytes, whatever is smaller."""
     from ..entropy.grid import Bound, encode_field
 
-    steps, reach = _steps(values, coding), max(abs(int(values.min())), abs(int(values.max())))
+    (steps, keep), reach = _steps(values, coding), max(abs(int(values.min())), abs(int(values.max())))
     best = None if steps or values.size > 1 << 20 else _bytes(values)
     if reach >= 1 << 50:  # beyond what float64 holds with room for a half
-        return best or _bytes(values)
+        return best or _bytes(values), keep
     field, patterns = values.astype(np.float64), []
     fills = [np.frombuffer(raw, values.dtype)[0] for raw in coding.fills]
     present = [f for f in fills if (values == f).any()]
@@ -255,19 +255,22 @@ def _encode_integers(values: np.ndarray, coding: Coding, threads: int) -> bytes:
     made = cbor.encode([FIELD, patterns, _limits(field) if steps else []]) + payload
     if steps and _fill_within(field, coding) and _new_fills(made, values, coding, threads):
         return _encode_integers(values, replace(coding, kind="lossless"), threads)
-    return made if best is None or len(made) < len(best) else best
+    return (made if best is None or len(made) < len(best) else best), keep
 
 
-def _steps(values: np.ndarray, coding: Coding) -> int:
-    """Whole packing steps that a value may be off, 0 for lossless. Relative bounds are those of the smallest magnitude."""
+def _steps(values: np.ndarray, coding: Coding) -> tuple[int, int | None]:
+    """Whole packing steps that a value may be off, 0 for lossless, and the mantissa bits kept where those decide.
+
+    Relative bounds are those of the smallest magnitude.
+    """
     if not coding.lossy or coding.scale == 0 or not math.isfinite(coding.scale):
-        return 0
+        return 0, None
     valid = np.ones(values.shape, bool)
     for raw in coding.fills:
         valid &= values != np.frombuffer(raw, values.dtype)[0]
     if not valid.any():
-        return 0
-    real = values[valid] * coding.scale + coding.offset
+        return 0, None
+    keep, real = None, values[valid] * coding.scale + coding.offset
     size = np.abs(real)
     if coding.kind == "absolute":
         bound = coding.value
@@ -278,11 +281,12 @@ def _steps(values: np.ndarray, coding: Coding) -> int:
     else:
         from .bitinformation import keep_bits
 
-        kept = min(keep_bits(_ordered((values * coding.scale + coding.offset).astype(np.float32), coding.axes), coding.value))
-        bound = float(size.min()) * 2.0 ** -(kept + 1)
+        unpacked = np.where(valid, values * coding.scale + coding.offset, np.nan).astype(np.float32)
+        keep = min(keep_bits(_ordered(unpacked, coding.axes), coding.value))
+        bound = float(size.min()) * 2.0 ** -(keep + 1)
     # whoever unpacks to float32 rounds both the original and the decoded value
     bound -= float(size.max()) * 2.0**-23
-    return max(0, min(math.floor(bound / abs(coding.scale)), 1 << 31)) if bound > 0 else 0
+    return (max(0, min(math.floor(bound / abs(coding.scale)), 1 << 31)) if bound > 0 else 0), keep
 
 
 # --- shapes and bits --------------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """The ``.nlc`` file of a data set of fields: one head, a segment for each chunk, and an index with everything else.
 
-Header: ``{"kind": "grid", "dims": [[name, size, unlimited]], "vars": [{"n", "d", "c", "k"}]}``: name, numbers of the
-dimensions, shape of a chunk, and ``Coding.plain()``. Variables without ``c`` are small and lie in the index. The segments
-``data`` are the chunks, variable after variable, each in C order of its chunk grid; then comes one segment ``index``: LZMA2
-of a CBOR map of attributes, storage settings and small variables. So one chunk is read with the head, the index, and one seek.
+Header: ``{"kind": "grid", "dims": [[name, size, unlimited]], "vars": [{"n", "d", "c", "k", "u"}]}``: name, numbers of the
+dimensions, shape of a chunk, ``Coding.plain()``, and the unit of an absolute bound. Variables without ``c`` are small and lie
+in the index. The segments ``data`` are the chunks, variable after variable, each in C order of its chunk grid; then comes one
+segment ``index``: LZMA2 of a CBOR map of attributes, storage settings and small variables. So one chunk is read with the head,
+the index, and one seek.
 """
 
 from __future__ import annotations
@@ -248,13 +249,19 @@ def encode_grid(source: Source, bounds: dict[str, tuple[str, float]], out: Binar
             "kind": "grid",
             "dims": [[d, n, d in layout.unlimited] for d, n in layout.dims.items()],
             "vars": [{"n": p.variable.name, "d": [numbers[d] for d in p.variable.dims], "k": p.coding.plain()}
-                     | ({} if p.chunks is None else {"c": list(p.chunks)}) for p in plans],
+                     | ({} if p.chunks is None else {"c": list(p.chunks)}) | _unit(p) for p in plans],
         }  # fmt: skip
         try:
             spool.finish(Stream(CODEC, PRESET, NO_MODEL, header), out)
         except (TypeError, ValueError) as error:
             raise UnsupportedInput(f"{source.path}: {error}") from None
     return stats
+
+
+def _unit(plan: Plan) -> dict[str, str]:
+    """The unit of a bound, so that the head alone can say what it is."""
+    unit = plan.variable.attrs.get("units")
+    return {"u": unit} if plan.coding.kind == "absolute" and isinstance(unit, str) else {}
 
 
 def _index(layout: Layout, plans: list[Plan], inline: dict[str, np.ndarray]) -> bytes:
@@ -273,6 +280,8 @@ def _index(layout: Layout, plans: list[Plan], inline: dict[str, np.ndarray]) -> 
 
 class GridFile:
     """An ``.nlc`` file of fields, read lazily: opening takes the head and the index, ``read`` the chunks that it needs."""
+
+    complete = True  # an archive may be not
 
     def __init__(self, file: BinaryIO | str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS):
         self.path = str(file) if isinstance(file, (str, os.PathLike)) else getattr(file, "name", "stream")
@@ -501,3 +510,56 @@ def decode_grid(grid: GridFile, target: Target | None, *, keep_going: bool = Fal
             if values.ndim == 0 or values.size:
                 target.write(name, tuple(slice(0, n) for n in values.shape), values)
     return damaged
+
+
+# --- verify -----------------------------------------------------------------------------------------------------------
+
+
+def verify(source: Source, grid: GridFile) -> dict[str, float]:
+    """Compare a file with what it was made of, value by value, in real numbers as a reader of netCDF sees them.
+
+    The largest error over the bound of each lossy variable; CorruptStream where a promise is broken: a bound, a missing value
+    that is not missing or the other way round, any bit of what is lossless.
+    """
+    worst: dict[str, float] = {}
+    for name, plan in grid.plans.items():
+        if name not in source.layout.variables:
+            continue
+        whole = tuple(slice(0, n) for n in plan.variable.shape)
+        for box in [box for _, box in plan.boxes()] if plan.chunks is not None else [whole]:
+            a, b = source.read(name, box or None), grid.read(name, box or None)
+            if plan.coding.lossy:
+                worst[name] = max(worst.get(name, 0.0), _over_bound(a, b, plan, grid.layout.variables[name]))
+            elif (a.tobytes() if a.dtype != object else a.tolist()) != (b.tobytes() if b.dtype != object else b.tolist()):
+                raise CorruptStream(f"{describe_box(plan, grid.layout, grid.small, box)}: did not come back as it was")
+    return worst
+
+
+def _over_bound(a: np.ndarray, b: np.ndarray, plan: Plan, variable: Variable) -> float:
+    """Largest error of a chunk over its bound."""
+    name = variable.name
+    missing = np.zeros(a.shape, bool)
+    for fill in variable.fills:
+        if ((a == fill) != (b == fill)).any():
+            raise CorruptStream(f"{name}: missing values did not come back as they were")
+        missing |= a == fill
+    scale, offset = plan.coding.scale, plan.coding.offset
+    x, y = (v.astype(np.float64) * scale + offset if variable.packed else v.astype(np.float64) for v in (a, b))
+    valid = ~missing & np.isfinite(x)
+    if not (np.array_equal(x[~valid], y[~valid], equal_nan=True) and np.isfinite(y[valid]).all()):
+        raise CorruptStream(f"{name}: NaN or infinities did not come back as they were")
+    x, y = x[valid], y[valid]
+    if not x.size:
+        return 0.0
+    error, bound = np.abs(x - y), plan.coding.value
+    if plan.coding.kind == "range":
+        bound *= float(np.ptp(x))
+    elif plan.coding.kind == "relative":
+        bound = bound * np.abs(x)
+    elif plan.coding.kind == "bits":
+        bound = float(variable.attrs["lossy_compression_maximum_relative_error"]) * np.abs(x)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        over = float(np.where(error == 0, 0.0, error / bound).max())
+    if over > 1:
+        raise CorruptStream(f"{name}: an error is {over:.9g} times the bound")
+    return over

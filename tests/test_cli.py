@@ -181,7 +181,7 @@ def test_folders(codec_run, photo, tmp_path):
     Path("empty").mkdir()
     result = codec_run("encode", "-r", "empty")
     assert result.code == 2
-    assert result.lines == ["codec: empty: no pictures in this folder", "codec: no input files"]
+    assert result.lines == ["codec: empty: no pictures or fields in this folder", "codec: no input files"]
     result = codec_run("encode", "empty")
     assert (result.code, result.err) == (1, "codec: empty: is a directory; use -r to take the files in it\n")
     result = codec_run("encode", "photo.png", "-o", "empty")
