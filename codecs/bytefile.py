@@ -30,7 +30,7 @@ from ..container.format import (
     read_head,
     read_segment,
 )
-from ..entropy.bytes import blocks
+from ..entropy.bytes import blocks, framing
 
 _IN_MEMORY = 1 << 26
 MOST_JOBS = 4
@@ -84,7 +84,7 @@ class Summary:
 
     length: int = 0
     size: int = 0
-    methods: dict[str, int] = field(default_factory=dict)
+    methods: dict[int, int] = field(default_factory=dict)
     model: str = ""
 
 
@@ -125,7 +125,7 @@ def encode_file(
     ``total``: length of the source for ``progress`` (done, total), if it is known. ``verify`` decodes every block again.
     """
     summary = Summary()
-    pieces = iter(lambda: _read_fully(source, blocks.BLOCK), b"")
+    pieces = iter(lambda: _read_fully(source, framing.BLOCK), b"")
 
     def work(piece: bytes) -> tuple[int, list[bytes]]:
         made = codec.encode_block(piece, effort)
@@ -140,11 +140,11 @@ def encode_file(
             for block in made:
                 spool.add(Segment("data", block))
                 sizes.append(len(block))
-                what = blocks.info(block)
-                summary.methods[what["method"]] = summary.methods.get(what["method"], 0) + what["length"]
+                what = framing.describe(block)
+                summary.methods[what.method] = summary.methods.get(what.method, 0) + what.length
             if progress:
                 progress(summary.length, max(total, summary.length))
-        used = set(summary.methods) - {blocks.METHODS[blocks.STORED]}
+        used = set(summary.methods) - {framing.STORED}
         if not used:
             codec = Raw(None, "")
             waiting.seek(0)
@@ -152,10 +152,10 @@ def encode_file(
                 spool = Spool(plain)
                 for size in sizes:
                     block = waiting.read(size + 4)[:size]
-                    spool.add(Segment("data", block[blocks.describe(block).start :]))
+                    spool.add(Segment("data", block[framing.describe(block).start :]))
                 summary.size = spool.finish(Stream(codec.name, codec.preset, b"", {}), out)
         else:
-            if used == {blocks.METHODS[blocks.MIXED]}:
+            if used == {framing.MIXED}:
                 preset, model_id = "cm", b""  # no weights are needed to decode it
             else:
                 preset, model_id = codec.preset, codec.model_id
@@ -170,8 +170,8 @@ def _payloads(file: BinaryIO, head: Head) -> Iterator[bytes]:
     for number, entry in enumerate(head.entries):
         if entry.name != "data":
             raise CorruptStream(f"segment {number}: {entry.name!r} has no place in a file of bytes")
-        if entry.length > blocks.LONGEST + 64:
-            raise LimitExceeded(f"segment {number}: {entry.length} bytes are beyond the limit of {blocks.LONGEST}")
+        if entry.length > framing.LONGEST + 64:
+            raise LimitExceeded(f"segment {number}: {entry.length} bytes are beyond the limit of {framing.LONGEST}")
         data = _read_fully(file, entry.length + 4)
         if len(data) != entry.length + 4:
             raise CorruptStream("file is cut short")
@@ -229,7 +229,7 @@ def lengths(head: Head, file: BinaryIO) -> list[int]:
     found = []
     for entry in head.entries:
         file.seek(entry.offset)
-        found.append(blocks.describe(file.read(min(entry.length, 16))).length)
+        found.append(framing.describe(file.read(min(entry.length, framing.HEAD))).length)
     return found
 
 

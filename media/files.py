@@ -65,3 +65,20 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+_SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"GIF87a", b"GIF89a", b"qoif")
+_BMP_HEADERS = {12, 40, 52, 56, 108, 124}
+
+
+def looks_like_picture(start: bytes) -> bool:
+    """Whether a file that begins so (18 bytes are enough) has the signature of a format that ``media.image`` reads."""
+    if start.startswith(_SIGNATURES) or start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        return True
+    if start[4:12] in (b"ftypavif", b"ftypavis"):
+        return True
+    if start[:2] == b"BM":
+        return start[6:10] == bytes(4) and int.from_bytes(start[14:18], "little") in _BMP_HEADERS
+    return start[:1] == b"P" and start[1:2] in tuple(b"%d" % n for n in range(1, 7)) and start[2:3].isspace() and (
+        start[3:4].isdigit() or start[3:4] == b"#"
+    )  # fmt: skip

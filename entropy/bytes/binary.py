@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -593,3 +594,9 @@ def decode(stream: bytes, count: int, plan: Plan, stride: int = 4, row: int = 16
     if not used - 4 <= len(stream) <= used:
         raise CorruptStream(f"{len(stream)} bytes of code where the data end after {used}")
     return data
+
+
+def is_compiled() -> bool:
+    """Whether the coder has been compiled on this machine before, so that it starts at once."""
+    cache = getattr(code, "_cache", None)
+    return bool(code.signatures) or os.path.exists(getattr(getattr(cache, "_cache_file", None), "_index_path", ""))

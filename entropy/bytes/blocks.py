@@ -5,21 +5,15 @@ A coded block says how long the original is and what its checksum is; ``decode``
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from ...container.errors import CorruptStream, LimitExceeded, ModelMissing
+from ...container.errors import CorruptStream, ModelMissing
 from ...container.format import crc32c, read_varint, varint
 from . import binary, detect, filters
+from .framing import LONGEST, METHODS, MIXED, STORED, TOKENS, describe, frame
 
-BLOCK = 1 << 22
-"""Bytes of original in a block at most, where files are cut."""
-LONGEST = 1 << 24
-"""Bytes that a reader accepts in a block."""
-STORED, MIXED, TEXT, TOKENS = range(4)
-METHODS = ("stored", "context mixing", "text model", "token mixture")
 _BOTH = 1 << 16  # up to this size both coders are tried where either may win
 
 
@@ -33,28 +27,6 @@ class BlockCoder(Protocol):
 
     def decode(self, code: bytes, length: int) -> bytes:
         """Code -> original; CorruptStream where damage shows."""
-
-
-@dataclass(frozen=True)
-class Described:
-    """What a coded block says of itself: method, length and checksum of the original, where its code begins."""
-
-    method: int
-    length: int
-    crc: int
-    start: int
-
-
-def describe(block: bytes) -> Described:
-    """Read the head of a coded block; its first 16 bytes are enough. CorruptStream, LimitExceeded."""
-    if not block or block[0] >= len(METHODS):
-        raise CorruptStream("block: unknown method; a newer version may read this file" if block else "block: empty")
-    length, at = read_varint(block, 1, "block")
-    if length > LONGEST:
-        raise LimitExceeded(f"a block of {length} bytes is beyond the limit of {LONGEST}")
-    if len(block) < at + 4:
-        raise CorruptStream("block: ends in its head")
-    return Described(block[0], length, int.from_bytes(block[at : at + 4], "little"), at + 4)
 
 
 def encode(data: bytes, effort: int, coder: BlockCoder | None = None) -> list[bytes]:
@@ -83,7 +55,7 @@ def _encode_run(data: bytes, array: np.ndarray, kind: int, effort: int, coder: B
 
 def _smallest(data: bytes, candidates: list[tuple[int, bytes]]) -> bytes:
     method, code = min([*candidates, (STORED, data)], key=lambda c: len(c[1]))
-    return bytes([method]) + varint(len(data)) + crc32c(data).to_bytes(4, "little") + code
+    return frame(method, data, code)
 
 
 def _mixed(array: np.ndarray, effort: int) -> bytes | None:
@@ -136,9 +108,3 @@ def decode(block: bytes, coder: BlockCoder | None = None) -> bytes:
     if len(data) != what.length or crc32c(data) != what.crc:
         raise CorruptStream("the checksum of the original is wrong")
     return data
-
-
-def info(block: bytes) -> dict[str, Any]:
-    """Plain values for ``codec info`` from the first bytes of a block."""
-    what = describe(block)
-    return {"method": METHODS[what.method], "length": what.length}

@@ -1,0 +1,243 @@
+"""The ``codec`` command on files of any bytes: options, and what encode, decode, test and info do. Importing it is cheap."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from ..container.errors import CodecError, CorruptStream, UnsupportedInput, UsageError
+from ..container.format import Head, Limits, read_head, sniff
+from ..media.files import looks_like_picture
+
+if TYPE_CHECKING:
+    from .bytefile import BytesCodec
+
+CODECS = {"nacrith", "raw"}
+SUFFIX = ".nlc"
+EXAMPLES = """any other file, without loss:
+  codec encode notes.txt                     notes.txt.nlc
+  codec encode -e 1 -j 0 backup.tar          fast, on all cores
+  codec encode -m nacrith photo.png          the file itself rather than its picture
+  tar c src | codec encode - -c > src.tar.nlc
+"""
+_LOSSY = {"bpp": "--bpp", "psnr": "--psnr", "size": "--size", "iterations": "--iterations", "max_error": "--max-error"}
+
+
+def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``codec decode`` for bytes."""
+    add = parser.add_argument_group("any other file").add_argument
+    add("--range", type=_range, metavar="START,SIZE", help="only these bytes of the original; only their blocks are decoded")
+
+
+def _range(text: str) -> tuple[int, int]:
+    try:
+        start, size = (int(part) for part in text.split(","))
+    except ValueError:
+        start = size = -1
+    if start < 0 or size < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not START,SIZE in bytes")
+    return start, size
+
+
+def is_bytes(head: Head) -> bool:
+    """Whether a stream holds bytes rather than a picture or fields."""
+    return head.codec in CODECS
+
+
+def wants_bytes(model: str | None, name: str, pictures: set[str]) -> bool:
+    """Whether an input of encode is coded as bytes: by the model that is asked for, or else because it is no picture."""
+    if model:
+        return model.partition(":")[0] in CODECS
+    if Path(name).suffix.lower() in pictures:
+        return False
+    if name == "-":
+        return sys.stdin is not None and not looks_like_picture(_peek(sys.stdin.buffer))
+    try:
+        with open(name, "rb") as file:
+            return not looks_like_picture(file.read(64))
+    except OSError:  # whoever opens it next will say what is wrong
+        return bool(Path(name).suffix) and not os.path.isdir(name)
+
+
+def _peek(file: Any) -> bytes:
+    return file.peek(64)[:64] if hasattr(file, "peek") else b""
+
+
+def target_name(name: str) -> str:
+    """Suffix of what encode makes of an input: that of the input stays, so that nothing need be remembered."""
+    return Path(name).suffix + SUFFIX
+
+
+def original_name(name: str) -> str:
+    """Suffix of what decode makes of a file: notes.txt.nlc -> .txt."""
+    stem = Path(name)
+    return Path(stem.stem).suffix if stem.suffix == SUFFIX else stem.suffix + ".out"
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """UsageError for options that mean loss."""
+    for key, option in _LOSSY.items():
+        if getattr(args, key, None) is not None:
+            raise UsageError(f"{option} is for pictures and fields; other files are coded without loss")
+
+
+class Replay(io.RawIOBase):
+    """What was read already, then the rest of a file: a pipe cannot seek back behind the head."""
+
+    def __init__(self, seen: bytes, file: BinaryIO):
+        self._seen = io.BytesIO(seen)
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        if size is None or size < 0:
+            return self._seen.read() + self._file.read()
+        return self._seen.read(size) or self._file.read(size)
+
+
+class _Recorder:
+    def __init__(self, file: BinaryIO):
+        self.file, self.seen = file, bytearray()
+
+    def read(self, size: int) -> bytes:
+        part = self.file.read(size)
+        self.seen += part
+        return part
+
+
+def peek_head(file: BinaryIO, limits: Limits) -> tuple[Head | None, BinaryIO]:
+    """(head, the file from its beginning); no head where it cannot be read, which its reader will then say."""
+    recorder = _Recorder(file)
+    head = None
+    with contextlib.suppress(CodecError):
+        head = read_head(recorder, limits)  # type: ignore[arg-type]
+    return head, Replay(bytes(recorder.seen), file)  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def source_of(name: str) -> Iterator[BinaryIO]:
+    """An input, opened for reading: a file or stdin."""
+    if name == "-":
+        if sys.stdin is None:
+            raise UsageError("- reads from a pipe, but stdin is closed")
+        yield sys.stdin.buffer
+    else:
+        with open(name, "rb") as file:
+            yield file
+
+
+def _jobs(args: argparse.Namespace) -> int:
+    return args.jobs or os.cpu_count() or 1
+
+
+def _announce_compilation(say: Callable[[str], None], quiet: bool) -> None:
+    """The first run on a machine waits for the compiler: say so, on a terminal."""
+    from ..entropy.bytes import binary
+
+    if not quiet and sys.stderr.isatty() and not binary.is_compiled():
+        say("codec: compiling the coder for this machine, once; this takes about half a minute")
+
+
+def encode_file(args: argparse.Namespace, name: str, model: str, opened: Callable, say: Callable, progress: Any, target: str
+                ) -> tuple[dict[str, Any], str]:  # fmt: skip
+    """Code one file; its report as a row and as a line."""
+    check_options(args)
+    from . import registry
+    from .bytefile import encode_file
+
+    codec: Any = registry.load(*registry.split(model))
+    effort = 1 if args.fast else 9 if args.best else args.effort or 5
+    start = time.perf_counter()
+    with source_of(name) as source:
+        total = os.fstat(source.fileno()).st_size if name != "-" else 0
+        beginning = _peek(source)
+        if sniff(beginning[:8]):
+            raise UnsupportedInput(f"{name}: is an {SUFFIX} file already")
+        _announce_compilation(say, args.quiet)
+        with opened(target, args.force) as out, progress(args, os.path.basename(name)) as bar:
+            summary = encode_file(codec, source, out, effort, _jobs(args), bar, total, args.verify)
+    seconds = time.perf_counter() - start
+    bits = 8 * summary.size / summary.length if summary.length else None
+    row = {
+        "input": name, "output": target, "model": summary.model, "effort": effort, "length": summary.length,
+        "bytes": summary.size, "bits_per_byte": bits, "seconds": round(seconds, 3),
+    }  # fmt: skip
+    if args.verify:
+        row["verified"] = True
+    share = f", {bits:.3f} bits per byte" if bits is not None else ""
+    text = f"{summary.length:,} -> {summary.size:,} bytes{share}{', verified' if args.verify else ''}, {seconds:.2f} s"
+    return row, f"{name} -> {target}: {text}"
+
+
+def decode_file(args: argparse.Namespace, name: str, head: Head, source: BinaryIO, opened: Callable, progress: Any,
+                target: str | None) -> tuple[dict[str, Any], str]:  # fmt: skip
+    """Decode one file whose head has been read but is still to come from ``source``, or only check it (no target)."""
+    from . import registry
+    from .bytefile import decode_file, read_range
+
+    codec: BytesCodec = registry.load_for(head)  # type: ignore[assignment, arg-type]
+    start = time.perf_counter()
+    wanted = getattr(args, "range", None)
+    if wanted:
+        if name == "-":
+            raise UsageError("--range needs a file that can seek, not a pipe")
+        with open(name, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size != head.file_size:
+                raise CorruptStream(f"file has {size} bytes where its head says {head.file_size}")
+            data = read_range(codec, head, file, *wanted)
+        with opened(target, args.force) as out:
+            out.write(data)
+        length = len(data)
+    else:
+        read_head(source)  # the same once more: what follows is the payload
+        out_file = opened(target, args.force) if target is not None else contextlib.nullcontext()
+        with out_file as out, progress(args, os.path.basename(name)) as bar:
+            length = decode_file(codec, head, source, out, _jobs(args), args.max_bytes, bar)
+    seconds = time.perf_counter() - start
+    row = {"input": name, "length": length, "seconds": round(seconds, 3)}
+    if target is None:
+        return {"input": name, "ok": True, "length": length}, f"{name}: ok, {length:,} bytes"
+    return row | {"output": target}, f"{name} -> {target}: {length:,} bytes, {seconds:.2f} s"
+
+
+def describe(head: Head, name: str) -> dict[str, Any]:
+    """What ``codec info`` tells of a file beyond its head: the length of the original, and how much was coded how."""
+    row: dict[str, Any] = {"kind": "bytes", "blocks": len(head.entries)}
+    if head.codec == "raw":
+        return row | {"length": sum(e.length for e in head.entries), "methods": {}}
+    if name == "-":
+        return row
+    from ..entropy.bytes import framing
+
+    methods: dict[str, int] = {}
+    with contextlib.suppress(CodecError), open(name, "rb") as file:
+        for entry in head.entries:
+            file.seek(entry.offset)
+            block = framing.describe(file.read(min(entry.length, framing.HEAD)))
+            title = framing.METHODS[block.method]
+            methods[title] = methods.get(title, 0) + block.length
+        row |= {"length": sum(methods.values()), "methods": methods}
+    return row
+
+
+def show(row: dict[str, Any]) -> list[str]:
+    """Lines of ``codec info`` for a person."""
+    parts = [f"{row['blocks']} blocks" if row["blocks"] != 1 else "1 block"]
+    if row.get("length") is not None:
+        parts.insert(0, f"{row['length']:,} bytes of original")
+        if row["length"]:
+            parts.append(f"{8 * row['bytes'] / row['length']:.3f} bits per byte")
+    parts += [f"{title}: {length:,}" for title, length in row.get("methods", {}).items()]
+    return ["  " + ", ".join(parts)]
+
+
