@@ -4,7 +4,7 @@
 
 ``--data`` is a folder of ``*.txt`` or ``*.txt.xz``. The text is brought into the form that the coder gives the model (see
 ``entropy/bytes/transform.py``), a vocabulary is learnt from it, and each file becomes one array of tokens; all of it is kept in OUT.
-Every stream of the batch reads on where it stopped, with its recurrent state (truncated back-propagation through time).
+A row of the batch reads on for some batches with its recurrent state (truncated back-propagation through time).
 The recurrence runs in numba, forward and backward; everything else is plain torch, bfloat16 inside of the matrix products.
 """
 
@@ -116,27 +116,34 @@ def prepare(folder: Path, out: Path, recipe: Recipe) -> tuple[Tokens, dict[str, 
 
 
 class Reader:
-    """Batches (B, T+1) of tokens from files mixed by weight; row b goes on in the next batch where it stopped in this one."""
+    """Batches (B, T+1) of tokens from files mixed by weight.
 
-    def __init__(self, arrays: dict[str, np.ndarray], mix: dict[str, float], batch: int, seed: int):
+    A row reads on where it stopped for ``stay`` batches, then it goes to a random place. Rows that stayed with their novel would
+    have the network learn that novel, not the language: its loss there falls, and elsewhere it does not.
+    """
+
+    def __init__(self, arrays: dict[str, np.ndarray], mix: dict[str, float], batch: int, stay: int, seed: int):
         self.rng = np.random.default_rng(seed)
         names = [n for n in arrays if mix.get(n, 0) > 0]
         share = np.array([mix[n] for n in names], float)
-        counts = np.floor(share / share.sum() * batch).astype(int)
-        counts[: batch - counts.sum()] += 1
-        self.rows: list[tuple[np.ndarray, int]] = []
-        for name, count in zip(names, counts):
-            data = arrays[name]
-            offset = int(self.rng.integers(len(data)))
-            self.rows += [(data, (offset + len(data) * k // count) % len(data)) for k in range(count)]
+        ends = np.round(np.cumsum(share / share.sum()) * batch).astype(int)
+        self.files = [arrays[names[int(np.searchsorted(ends, b, side="right"))]] for b in range(batch)]
+        self.places = [0] * batch
+        self.stay, self.count = stay, 0
 
-    def next(self, length: int) -> Tensor:
-        batch = np.empty((len(self.rows), length + 1), np.int64)
-        for b, (data, start) in enumerate(self.rows):
-            index = np.arange(start, start + length + 1) % len(data)
-            batch[b] = data[index]
-            self.rows[b] = (data, (start + length) % len(data))
-        return torch.from_numpy(batch)
+    def next(self, length: int) -> tuple[Tensor, Tensor]:
+        """Tokens, and which rows (B, 1) go on (1) or begin anew (0)."""
+        batch = np.empty((len(self.files), length + 1), np.int64)
+        goes_on = np.ones((len(self.files), 1), np.float32)
+        for b, data in enumerate(self.files):
+            if self.count == 0 or (self.count + b) % self.stay == 0:
+                self.places[b] = int(self.rng.integers(len(data)))
+                goes_on[b] = 0
+            start = self.places[b]
+            batch[b] = data[np.arange(start, start + length + 1) % len(data)]
+            self.places[b] = start + length
+        self.count += 1
+        return torch.from_numpy(batch), torch.from_numpy(goes_on)
 
 
 # --- network ----------------------------------------------------------------------------------------------------------
@@ -280,9 +287,10 @@ class Recipe:
     hidden: int = 768
     batch: int = 32
     length: int = 256
+    stay: int = 4
     lr: float = 4e-3
-    embedding_lr: float = 3e-2
-    muon_lr: float = 1e-2
+    embedding_lr: float = 2e-2
+    muon_lr: float = 8e-3
     optimiser: str = "muon"
     warmup_steps: int = 60
     decay_from: float = 0.2
@@ -379,7 +387,7 @@ def train(data: Path, recipe: Recipe, out: Path, *, resume: bool = False, checkp
         step, spent, seen = kept["step"], kept["seconds"], kept["seen"]
     cut = {name: max(len(ids) - recipe.held_out // 4, len(ids) * 9 // 10) for name, ids in arrays.items()}
     held = {name: ids[cut[name] :] for name, ids in arrays.items()}
-    reader = Reader({name: ids[: cut[name]] for name, ids in arrays.items()}, recipe.mix, recipe.batch, recipe.seed + step)
+    reader = Reader({name: ids[: cut[name]] for name, ids in arrays.items()}, recipe.mix, recipe.batch, recipe.stay, recipe.seed + step)
     state = model.start(recipe.batch)
     started, window, last_saved = time.monotonic() - spent, [], time.monotonic()
     window_start, log = time.monotonic(), (out / "log.jsonl").open("a")
@@ -402,7 +410,8 @@ def train(data: Path, recipe: Recipe, out: Path, *, resume: bool = False, checkp
         for module in model.modules():
             if isinstance(module, Linear):
                 module.levels = recipe.levels if done >= recipe.quantised_from else 0
-        ids = reader.next(recipe.length)
+        ids, goes_on = reader.next(recipe.length)
+        state = [(n * goes_on, h * goes_on) for n, h in state]
         with autocast():
             logits, state = model(ids[:, :-1], state)
         loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())

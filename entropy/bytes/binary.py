@@ -88,54 +88,54 @@ def _class_of(c):
 
 # text state int64: word, the two words before, starts of this line and the one before, classes, field, its start,
 # stack depth, quote, last punctuation, first byte of the line, indentation, distance to the last zero
-_WORD, _WORD1, _WORD2, _LINE, _ABOVE, _CLASSES, _FIELD, _FIELD_AT, _DEPTH, _QUOTE, _PUNCT, _FIRST, _INDENT, _TAG = range(14)
-_STATE = 14
-_STACK = 64
+WORD, WORD1, WORD2, LINE, ABOVE, CLASSES, FIELD, FIELD_AT, DEPTH, QUOTE, PUNCT, FIRST, INDENT, TAG = range(14)
+STATE = 14
+STACK = 64
 
 
 @njit(cache=True)
-def _learn_text(state, stack, data, n):
+def learn_text(state, stack, data, n):
     """Follow words, lines, fields, brackets and quotes over the byte before position ``n``."""
     c = np.int64(data[n - 1])
     if _is_letter(c):
-        state[_WORD] = mix_hash(state[_WORD], c | 32 if c < 128 else c)
-    elif state[_WORD] != 0:
-        state[_WORD2] = state[_WORD1]
-        state[_WORD1] = state[_WORD]
-        state[_WORD] = 0
+        state[WORD] = mix_hash(state[WORD], c | 32 if c < 128 else c)
+    elif state[WORD] != 0:
+        state[WORD2] = state[WORD1]
+        state[WORD1] = state[WORD]
+        state[WORD] = 0
     kind = _class_of(c)
-    state[_CLASSES] = (state[_CLASSES] << 4 | kind) & 0xFFFFFFFF
+    state[CLASSES] = (state[CLASSES] << 4 | kind) & 0xFFFFFFFF
     if c == 10:
-        state[_ABOVE] = state[_LINE]
-        state[_LINE] = n
-        state[_FIELD] = 0
-        state[_FIELD_AT] = n
-        state[_QUOTE] = 0
-        state[_INDENT] = 0
+        state[ABOVE] = state[LINE]
+        state[LINE] = n
+        state[FIELD] = 0
+        state[FIELD_AT] = n
+        state[QUOTE] = 0
+        state[INDENT] = 0
     elif c == 44 or c == 9 or c == 59 or c == 124:
-        state[_FIELD] += 1
-        state[_FIELD_AT] = n
-    if n - 1 == state[_LINE]:
-        state[_FIRST] = c
-    if (c == 32 or c == 9) and n - 1 - state[_LINE] == state[_INDENT]:
-        state[_INDENT] += 1
+        state[FIELD] += 1
+        state[FIELD_AT] = n
+    if n - 1 == state[LINE]:
+        state[FIRST] = c
+    if (c == 32 or c == 9) and n - 1 - state[LINE] == state[INDENT]:
+        state[INDENT] += 1
     if kind >= 6 and kind <= 10 or kind == 15:
-        state[_PUNCT] = c
+        state[PUNCT] = c
     if c == 34:
-        state[_QUOTE] ^= 1
-    depth = state[_DEPTH]
+        state[QUOTE] ^= 1
+    depth = state[DEPTH]
     if kind == 9:
-        depth = min(depth + 1, _STACK - 1)
-        stack[depth] = mix_hash(state[_WORD1], c)
+        depth = min(depth + 1, STACK - 1)
+        stack[depth] = mix_hash(state[WORD1], c)
     elif kind == 10 and depth > 0:
         depth -= 1
-    state[_DEPTH] = depth
+    state[DEPTH] = depth
     # the name of the innermost element of XML: pushed as "<name" ends, popped by "</"
     if c == 62 or c == 32:
-        if state[_TAG] < 0:
-            state[_TAG] = state[_WORD1]
+        if state[TAG] < 0:
+            state[TAG] = state[WORD1]
     elif c == 60:
-        state[_TAG] = -1
+        state[TAG] = -1
 
 
 @njit(cache=True)
@@ -159,23 +159,23 @@ def _contexts(out, data, n, state, stack, stride, row, expected, length):
     h = mix_hash(h, c6)
     out[6] = h
     out[7] = mix_hash(mix_hash(h, c7), c8)
-    word = state[_WORD]
+    word = state[WORD]
     out[8] = mix_hash(word, c1)
-    out[9] = mix_hash(out[8], state[_WORD1])
-    out[10] = mix_hash(out[9], state[_WORD2])
-    out[11] = mix_hash(out[8], state[_WORD2])
-    out[12] = mix_hash(state[_CLASSES], c1 if word == 0 else 0)
-    column = n - state[_LINE]
-    at = state[_ABOVE] + column
-    above = np.int64(data[at]) if at < state[_LINE] else 10
+    out[9] = mix_hash(out[8], state[WORD1])
+    out[10] = mix_hash(out[9], state[WORD2])
+    out[11] = mix_hash(out[8], state[WORD2])
+    out[12] = mix_hash(state[CLASSES], c1 if word == 0 else 0)
+    column = n - state[LINE]
+    at = state[ABOVE] + column
+    above = np.int64(data[at]) if at < state[LINE] else 10
     out[13] = mix_hash(above, min(column, 255))
     out[14] = mix_hash(above << 8 | c1, 1)
-    out[15] = mix_hash(mix_hash(word, state[_FIRST]), state[_INDENT])
-    out[16] = mix_hash(mix_hash(word, state[_FIELD]), state[_FIELD])
-    out[17] = mix_hash(stack[state[_DEPTH]], c1 | state[_QUOTE] << 8)
-    out[18] = mix_hash(mix_hash(stack[state[_DEPTH]], word), c2 << 8 | c1)
-    out[19] = mix_hash(mix_hash(state[_TAG], word), c1)
-    out[20] = mix_hash(c1 | state[_PUNCT] << 8, state[_WORD1])
+    out[15] = mix_hash(mix_hash(word, state[FIRST]), state[INDENT])
+    out[16] = mix_hash(mix_hash(word, state[FIELD]), state[FIELD])
+    out[17] = mix_hash(stack[state[DEPTH]], c1 | state[QUOTE] << 8)
+    out[18] = mix_hash(mix_hash(stack[state[DEPTH]], word), c2 << 8 | c1)
+    out[19] = mix_hash(mix_hash(state[TAG], word), c1)
+    out[20] = mix_hash(c1 | state[PUNCT] << 8, state[WORD1])
     # sparse
     out[21] = c2
     out[22] = c3 << 8 | c2
@@ -260,8 +260,8 @@ def code(
     run_at = np.zeros(contexts, np.int64)
     run_byte = np.zeros(contexts, np.int64)
     run_length = np.zeros(contexts, np.int64)
-    state = np.zeros(_STATE, np.int64)
-    stack = np.zeros(_STACK, np.int64)
+    state = np.zeros(STATE, np.int64)
+    stack = np.zeros(STACK, np.int64)
     set_at = np.zeros(_SETS, np.int64)
     set_p = np.zeros(_SETS, np.int64)
     match_pos = np.zeros(_MATCHES, np.int64)
@@ -278,7 +278,7 @@ def code(
     pixel_mask = (1 << _PIXEL_BITS) - 1
     for n in range(count):
         if n > 0:
-            _learn_text(state, stack, data, n)
+            learn_text(state, stack, data, n)
         # match models
         for m in range(matches):
             least = 6 if m == 0 else 16
@@ -322,7 +322,7 @@ def code(
         above = np.int64(data[n - stride]) if n >= stride else 0
         phase = min(n % stride, 255)
         length_step = min(length, 15) if length < 16 else min(16 + ((length - 16) >> 3), 31)
-        text_class = state[_CLASSES] & 0xFF
+        text_class = state[CLASSES] & 0xFF
         byte = np.int64(data[n])
         node = 1
         for position in range(8):
@@ -520,16 +520,16 @@ def _memory(plan: Plan, count: int) -> tuple[np.ndarray, ...]:
     weights = np.zeros(width, np.int32)
     weights[:inputs] = 65536 * 4 // 10 // max(contexts, 1) * 4
     return (
-        np.zeros(buckets * BUCKET, np.int32), _primed_histories(contexts),
+        np.zeros(buckets * BUCKET, np.int32), primed_histories(contexts),
         np.full(max(contexts, 1) << 8, np.uint32(3 << 30), np.uint32), np.full(_MATCHES << 11, np.uint32(3 << 30), np.uint32),
         np.zeros(_MATCHES << match_bits, np.int32), np.tile(weights, _SETS * _SET_SIZE),
         np.tile(np.array([65536 // _SETS] * _SETS + [0] * (16 - _SETS), np.int32), 512),
         apm_table(256), apm_table(1 << apm_bits), apm_table(1 << apm_bits),
-        np.zeros(pixels << _PIXEL_BITS, np.int32), _primed_histories(pixels),
+        np.zeros(pixels << _PIXEL_BITS, np.int32), primed_histories(pixels),
     )  # fmt: skip
 
 
-def _primed_histories(rows: int) -> np.ndarray:
+def primed_histories(rows: int) -> np.ndarray:
     """Start of the history maps: (ones + 0.4) / (bits + 0.8) with the last bit counted twice."""
     out = np.full(rows << 10, MAP_START, np.uint32)
     for history in range(1, 256):

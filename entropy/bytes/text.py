@@ -20,8 +20,9 @@ from numba import njit
 
 from ...container.errors import CorruptStream
 from ...container.format import read_varint, varint
-from .binary import _STACK, _STATE, _learn_text, _primed_histories  # state of a text's words, lines, brackets
-from .binary import _ABOVE, _CLASSES, _DEPTH, _FIELD, _FIRST, _INDENT, _LINE, _PUNCT, _QUOTE, _TAG, _WORD, _WORD1, _WORD2
+from .binary import (
+    ABOVE, CLASSES, DEPTH, FIELD, FIRST, INDENT, LINE, PUNCT, QUOTE, STACK, STATE, TAG, WORD, WORD1, WORD2, learn_text, primed_histories,
+)  # fmt: skip
 from .language import Model, adapt, curves, predict, step
 from .mixing import (
     BUCKET, CLAMP, MAP_START, STRETCH, apm_next, apm_p16, apm_table, code_bit, coder_finish, coder_start, find_bucket, map_next, map_p16,
@@ -91,24 +92,24 @@ def _contexts(out, ids, n, text, size, state, stack):
     out[12] = c3 << 16 | c2 << 8 | c1
     out[13] = c4 << 24 | out[12]
     out[14] = mix_hash(mix_hash(out[13], c5), c6)
-    word = state[_WORD]
+    word = state[WORD]
     out[15] = mix_hash(word, c1)
-    out[16] = mix_hash(out[15], state[_WORD1])
-    out[17] = mix_hash(out[16], state[_WORD2])
-    out[18] = mix_hash(out[15], state[_WORD2])
-    out[19] = mix_hash(t1, state[_WORD1])
-    out[20] = mix_hash(mix_hash(word, state[_PUNCT]), c1)
-    out[21] = mix_hash(state[_CLASSES], c1 if word == 0 else 0)
-    column = size - state[_LINE]
-    at = state[_ABOVE] + column
-    above = np.int64(text[at]) if at < state[_LINE] else 10
-    next_above = np.int64(text[at + 1]) if at + 1 < state[_LINE] else 10
+    out[16] = mix_hash(out[15], state[WORD1])
+    out[17] = mix_hash(out[16], state[WORD2])
+    out[18] = mix_hash(out[15], state[WORD2])
+    out[19] = mix_hash(t1, state[WORD1])
+    out[20] = mix_hash(mix_hash(word, state[PUNCT]), c1)
+    out[21] = mix_hash(state[CLASSES], c1 if word == 0 else 0)
+    column = size - state[LINE]
+    at = state[ABOVE] + column
+    above = np.int64(text[at]) if at < state[LINE] else 10
+    next_above = np.int64(text[at + 1]) if at + 1 < state[LINE] else 10
     out[22] = mix_hash(above << 8 | next_above, t1)
-    out[23] = mix_hash(mix_hash(word, state[_FIRST]), state[_INDENT])
-    out[24] = mix_hash(stack[state[_DEPTH]], t1 | state[_QUOTE] << 16)
-    out[25] = mix_hash(mix_hash(state[_TAG], word), c1)
-    out[26] = mix_hash(mix_hash(word, state[_FIELD]), min(column, 63) << 8 | above)
-    out[27] = mix_hash(mix_hash(stack[state[_DEPTH]], word), c2 << 8 | c1)
+    out[23] = mix_hash(mix_hash(word, state[FIRST]), state[INDENT])
+    out[24] = mix_hash(stack[state[DEPTH]], t1 | state[QUOTE] << 16)
+    out[25] = mix_hash(mix_hash(state[TAG], word), c1)
+    out[26] = mix_hash(mix_hash(word, state[FIELD]), min(column, 63) << 8 | above)
+    out[27] = mix_hash(mix_hash(stack[state[DEPTH]], word), c2 << 8 | c1)
 
 
 def _tail() -> np.ndarray:
@@ -158,8 +159,8 @@ def _code(
     run_at = np.zeros(contexts, np.int64)
     run_token = np.zeros(contexts, np.int64)
     run_length = np.zeros(contexts, np.int64)
-    words = np.zeros(_STATE, np.int64)
-    stack = np.zeros(_STACK, np.int64)
+    words = np.zeros(STATE, np.int64)
+    stack = np.zeros(STACK, np.int64)
     set_at = np.zeros(_SETS, np.int64)
     set_p = np.zeros(_SETS, np.int64)
     match_pos = np.zeros(MATCHES, np.int64)
@@ -223,7 +224,7 @@ def _code(
         t2 = np.int64(ids[n - 2]) if n > 1 else 0
         c1 = np.int64(text[filled - 1]) if filled > 0 else 0
         length_step = min(length, 15) if length < 16 else min(16 + ((length - 16) >> 3), 31)
-        text_class = words[_CLASSES] & 0xFF
+        text_class = words[CLASSES] & 0xFF
         token = np.int64(ids[n])
         node, low, span = np.int64(1), np.int64(0), np.int64(size)
         for level in range(depth):
@@ -365,7 +366,7 @@ def _code(
         for k in range(starts[token], starts[token + 1]):
             text[filled] = strings[k]
             filled += 1
-            _learn_text(words, stack, text, filled)
+            learn_text(words, stack, text, filled)
         if not decoding and coder[3] > len(stream):
             return -1
     return filled
@@ -429,7 +430,7 @@ def _memory(options: TextOptions, model: Model, plan: np.ndarray, count: int) ->
     weights[inputs - 1] = 65536 * 2 // 10
     sets = _SETS if options.on("mixer sets") else 1
     return (
-        np.zeros(buckets * BUCKET, np.int32), _primed_histories(contexts, np.full(contexts << 10, MAP_START, np.uint32)),
+        np.zeros(buckets * BUCKET, np.int32), primed_histories(contexts),
         np.full(contexts << 9, np.uint32(3 << 30), np.uint32), np.full(MATCHES << 12, np.uint32(3 << 30), np.uint32),
         np.zeros(MATCHES << match_bits, np.int32), np.tile(weights, _SETS * _SET_SIZE),
         np.tile(np.array([65536 // sets] * sets + [0] * (16 - sets), np.int32), 1024),
