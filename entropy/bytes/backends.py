@@ -30,7 +30,8 @@ import numpy as np
 from numba import njit
 
 from ...container.errors import CodecError, ModelMissing, UsageError
-from .published import Settings
+from .language import Model, Predictor
+from .published import Settings, log2_of
 
 _LOG2E = 1.4426950408889634
 _PROBE = (7, 3, 11, 2, 19, 5, 23, 13, 1, 17, 29, 4, 31, 6, 37, 8)
@@ -63,7 +64,9 @@ class Session:
         s = self.settings
         if not self.tokens:
             tokens = [self._begin, *tokens]
-        raw = None
+        elif not tokens:  # an escape came, of which the model knows nothing
+            return self._out
+        raw = np.empty(0, np.float32)
         for at in range(0, len(tokens), s.batch):
             portion = list(tokens[at : at + s.batch])
             if len(self.tokens) + len(portion) > s.context:
@@ -408,4 +411,45 @@ class Transformers(Backend):
         return _TransformersSession(self, settings)
 
 
-BACKENDS: dict[str, type[Llama] | type[Transformers]] = {"llama": Llama, "transformers": Transformers}
+# --- the bundled model ------------------------------------------------------------------------------------------------
+
+
+@njit(cache=True, nogil=True)
+def _log2_of_counts(cumulative, out):
+    """Q16 log2 of the steps of a cumulative distribution."""
+    for i in range(len(out)):
+        out[i] = log2_of(cumulative[i + 1] - cumulative[i])
+
+
+class _BundledSession(Session):
+    """The recurrent model: it needs no window, and its output layer goes on learning."""
+
+    def __init__(self, backend: Bundled, settings: Settings):
+        super().__init__(settings, 0, len(backend.pieces))
+        self._predictor = Predictor(backend.model, *backend.rates)
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        self._predictor.counts()  # starts it
+        for token in tokens:
+            self._predictor.update(token)
+        _log2_of_counts(self._predictor.cumulative, self._out)
+        return self._out
+
+
+class Bundled(Backend):
+    """The portable integer model (``language``). With it the whole published mixture decodes on every machine."""
+
+    kind = "bundled"
+    portable = True
+
+    def __init__(self, model: Model, rates: tuple[int, int] = (66, 1300)):
+        """``rates`` of the output layer and its bias, see ``language.Predictor``."""
+        self.model, self.rates = model, rates
+        self.pieces = list(model.tokens.strings)
+        self.fingerprint = {"backend": self.kind, "weights": model.model_id.hex(), "rate": rates[0], "bias rate": rates[1]}
+
+    def tokenize(self, text: str) -> Sequence[int]:
+        return self.model.tokens.encode(text.encode()).tolist()
+
+    def session(self, settings: Settings) -> Session:
+        return _BundledSession(self, settings)

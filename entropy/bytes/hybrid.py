@@ -1,31 +1,29 @@
 """Any bytes through a token-level language model: text and binary apart, tokens that lose nothing, blocks that stand alone.
 
-A block is a piece of the file. Its text runs, put together, go through ``published`` in the tokens of the model; its binary
-runs, put together, through LZMA. Whatever a tokenizer does (drop a control byte, take "<|endoftext|>" for a command,
-normalise), its tokens are held against the bytes and replaced where they differ, by other tokens or at last by escaped bytes.
+The text runs of a block, put together, go through ``published`` in the tokens of the model; its binary runs, put together,
+through context mixing (the published program: LZMA). Whatever a tokenizer does (drop a control byte, take "<|endoftext|>" for
+a command, normalise), its tokens are held against the bytes and replaced where they differ, by others or at last by escapes.
 
-Block: crc32c of the bytes (4, little-endian), kind (1): 0 stored, 1 LZMA, 2 text and binary. Then of kind 2: varint number of
-runs, their lengths (varints, the first one text, then in turn; the first may be 0), varint length of the coded binary, the
-binary (first byte as kind 0 or 1), and the rest is the coded text.
+Code of a block: varint number of runs, their lengths (varints, the first one text, then in turn; it may be 0), varint number
+of coded blocks of the binary (``blocks``), each with its varint length in front, and the rest is the coded text.
 """
 
 from __future__ import annotations
 
-import lzma
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...container.errors import CorruptStream
-from ...container.format import crc32c, read_varint, varint
+from ...container.errors import CodecError, CorruptStream
+from ...container.format import read_varint, varint
+from . import blocks
 from .published import Settings, decode_symbol, encode_symbol, finish, look_up, mixture, start
 
 if TYPE_CHECKING:
     from .backends import Backend
 
-STORED, LZMA, HYBRID = range(3)
 SHORTEST_TEXT, SHORTEST_BINARY, BRIDGE = 64, 64, 8
 _TEXT_BYTES = np.zeros(256, bool)
 _TEXT_BYTES[[9, 10, 13, *range(32, 127)]] = True
@@ -205,89 +203,87 @@ def decode_text(backend: Backend, alphabet: Alphabet, settings: Settings, payloa
 
 # --- blocks -----------------------------------------------------------------------------------------------------------
 
-_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 24}]
 
+class TokenMixture:
+    """Coder of blocks (``blocks.BlockCoder``) with a language model of tokens."""
 
-def _pack(data: bytes) -> bytes:
-    """Bytes stored or under LZMA, whichever is shorter; the first byte tells."""
-    small = lzma.compress(data, lzma.FORMAT_RAW, filters=_FILTERS)
-    return bytes([LZMA]) + small if len(small) < len(data) else bytes([STORED]) + data
+    method = blocks.TOKENS
 
+    def __init__(self, backend: Backend, settings: Settings, verify: bool | None = None):
+        """``verify``: decode everything that was coded before it counts; by default where the backend is not portable."""
+        self.backend, self.settings = backend, settings
+        self.alphabet = Alphabet(backend.pieces)
+        self.verify = not backend.portable if verify is None else verify
+        self.failures = 0
+        """Blocks that did not decode and were coded without the language model."""
 
-def _unpack(packed: bytes, size: int) -> bytes:
-    kind, body = packed[:1], packed[1:]
-    if kind == bytes([LZMA]):
+    def encode(self, data: bytes, effort: int) -> bytes:
+        """Code of a block: with the language model, or without it where that is shorter."""
+        best = _code([0, len(data)], data, b"", effort)
+        runs = segment(data, self.alphabet.missing)
+        if sum(runs[::2]):
+            text, binary = _apart(data, runs)
+            code = _code(runs, binary, encode_text(self.backend, self.alphabet, self.settings, text), effort)
+            if len(code) < len(best):
+                if not self.verify or self._comes_back(code, data):
+                    return code
+                self.failures += 1
+        return best
+
+    def _comes_back(self, code: bytes, data: bytes) -> bool:
         try:
-            decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_FILTERS)
-            body, whole = decoder.decompress(body, max_length=size + 1), decoder
-        except (lzma.LZMAError, EOFError) as error:
-            raise CorruptStream("binary part of a block is damaged") from error
-        if not whole.eof or whole.unused_data:
-            raise CorruptStream("binary part of a block has a wrong length")
-    elif kind != bytes([STORED]):
-        raise CorruptStream("block of an unknown kind")
-    if len(body) != size:
-        raise CorruptStream("binary part of a block has a wrong length")
-    return body
+            return self.decode(code, len(data)) == data
+        except CodecError:
+            return False
+
+    def decode(self, code: bytes, length: int) -> bytes:
+        """The ``length`` bytes of a block. CorruptStream where they cannot be."""
+        count, at = read_varint(code, 0, "block")
+        if count > length + 2:
+            raise CorruptStream("block: more runs than bytes")
+        runs = []
+        for _ in range(count):
+            n, at = read_varint(code, at, "block")
+            runs.append(n)
+        if sum(runs) != length:
+            raise CorruptStream("block: its runs are not as long as it is")
+        pieces, at = read_varint(code, at, "block")
+        parts = []
+        for _ in range(pieces):
+            n, at = read_varint(code, at, "block")
+            if n > len(code) - at:
+                raise CorruptStream("block: ends in its binary part")
+            parts.append(code[at : at + n])
+            at += n
+        sizes = [blocks.describe(part).length for part in parts]
+        if sum(sizes) != sum(runs[1::2]):
+            raise CorruptStream("block: its binary part has another length than its runs")
+        binary = b"".join(map(blocks.decode, parts))
+        text = decode_text(self.backend, self.alphabet, self.settings, code[at:], sum(runs[::2]))
+        whole, places = [], [0, 0]
+        for i, n in enumerate(runs):
+            kind = i % 2
+            whole.append((text, binary)[kind][places[kind] : places[kind] + n])
+            places[kind] += n
+        return b"".join(whole)
 
 
-def encode_block(backend: Backend, alphabet: Alphabet, settings: Settings, data: bytes) -> bytes:
-    """A block of any bytes."""
-    best = _pack(data)
-    runs = segment(data, alphabet.missing)
-    if sum(runs[::2]):
-        text, binary = _apart(data, runs)
-        packed = _pack(binary) if binary else b""
-        head = varint(len(runs)) + b"".join(map(varint, runs)) + varint(len(packed)) + packed
-        hybrid = bytes([HYBRID]) + head + encode_text(backend, alphabet, settings, text)
-        best = min(best, hybrid, key=len)
-    return crc32c(data).to_bytes(4, "little") + best
+def _code(runs: list[int], binary: bytes, text: bytes, effort: int) -> bytes:
+    coded = blocks.encode(binary, effort) if binary else []
+    parts = [varint(len(runs)), *map(varint, runs), varint(len(coded))]
+    for block in coded:
+        parts += [varint(len(block)), block]
+    return b"".join([*parts, text])
 
 
 def _apart(data: bytes, runs: list[int]) -> tuple[bytes, bytes]:
+    """Text runs put together, and binary runs."""
     parts: tuple[list[bytes], list[bytes]] = ([], [])
     at = 0
     for i, n in enumerate(runs):
         parts[i % 2].append(data[at : at + n])
         at += n
     return b"".join(parts[0]), b"".join(parts[1])
-
-
-def decode_block(backend: Backend, alphabet: Alphabet, settings: Settings, block: bytes, size: int) -> bytes:
-    """The ``size`` bytes of a block. CorruptStream, also when what comes out is not what went in."""
-    if len(block) < 5:
-        raise CorruptStream("block is too short")
-    data = _decode_body(backend, alphabet, settings, block[4:], size)
-    if crc32c(data) != int.from_bytes(block[:4], "little"):
-        raise CorruptStream("block decodes to other bytes than were coded (checksum)")
-    return data
-
-
-def _decode_body(backend: Backend, alphabet: Alphabet, settings: Settings, body: bytes, size: int) -> bytes:
-    if body[0] != HYBRID:
-        return _unpack(body, size)
-    count, at = read_varint(body, 1, "block")
-    if count > len(body):
-        raise CorruptStream("block: more runs than bytes")
-    runs = []
-    for _ in range(count):
-        n, at = read_varint(body, at, "block")
-        runs.append(n)
-    if sum(runs) != size:
-        raise CorruptStream("block: its runs are not as long as it is")
-    n, at = read_varint(body, at, "block")
-    if n > len(body) - at:
-        raise CorruptStream("block: ends in its binary part")
-    binary = _unpack(body[at : at + n], sum(runs[1::2])) if n else b""
-    if len(binary) != sum(runs[1::2]):
-        raise CorruptStream("block: its binary part is missing")
-    text = decode_text(backend, alphabet, settings, body[at + n :], sum(runs[::2]))
-    parts, places = [], [0, 0]
-    for i, length in enumerate(runs):
-        kind = i % 2
-        parts.append((text, binary)[kind][places[kind] : places[kind] + length])
-        places[kind] += length
-    return b"".join(parts)
 
 
 def cut(data: bytes, size: int) -> int:

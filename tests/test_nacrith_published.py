@@ -1,0 +1,545 @@
+"""The published token mixture: every component against a slow reference, and what no backend may do: lose a byte."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from dataclasses import replace
+
+import fake_llama
+import numpy as np
+import pytest
+import tiny_models
+from damage import mutations
+from neuralcodec.container.errors import CodecError, CorruptStream, ModelMissing, UsageError
+from neuralcodec.entropy.bytes import backends, blocks, hybrid, published
+from neuralcodec.entropy.bytes.published import BITS, TOTAL, Settings
+
+SMALL = Settings(context=64, keep=32, batch=8, contexts=2000, nodes=20_000)
+TEXT = "".join(tiny_models.CORPUS).encode()
+LOST = tiny_models.LOST
+
+
+class Toy(backends.Backend):
+    """A backend in a few lines: it knows what follows two tokens in TEXT, else its logits are a hash of them.
+
+    Its tokenizer drops the lost bytes, joins some pairs and knows a special token; a ``lossy`` one changes letters, too.
+    """
+
+    kind = "toy"
+
+    def __init__(self, noise: float = 0.0, lossy: bool = False):
+        pairs = [b"th", b"he", b"in", b" a", b"an", "é".encode(), b"<|endoftext|>"]
+        self.pieces = [*(None if b in LOST else bytes([b]) for b in range(256)), *pairs[:-1], None]
+        self.pairs = pairs[:-1]
+        self.noise, self.lossy = noise, False
+        self.calls = 0
+        self.fingerprint = {"backend": self.kind}
+        known = self.tokenize(TEXT.decode())
+        self.after: defaultdict[tuple, list[int]] = defaultdict(list)
+        for a, b, c in zip(known, known[1:], known[2:]):
+            self.after[a, b].append(c)
+        self.lossy = lossy
+
+    def tokenize(self, text):
+        if self.lossy:
+            text = text.lower().replace("é", "e")
+        data, out, at = text.encode().replace(b"<|endoftext|>", b"\xff\xff"), [], 0
+        while at < len(data):
+            if data[at : at + 2] == b"\xff\xff":
+                out.append(len(self.pieces) - 1)
+                at += 2
+            elif data[at : at + 2] in self.pairs:
+                out.append(256 + self.pairs.index(data[at : at + 2]))
+                at += 2
+            else:
+                if data[at] not in LOST:
+                    out.append(data[at])
+                at += 1
+        return out
+
+    def session(self, settings):
+        return ToySession(self, settings)
+
+
+class ToySession(backends.Session):
+    def __init__(self, backend, settings):
+        super().__init__(settings, 0, len(backend.pieces))
+        self.backend = backend
+        self.context: list[int] = []
+
+    def _clear(self):
+        self.context = []
+
+    def _evaluate(self, tokens, at):
+        assert at == len(self.context) and len(tokens) <= self.settings.batch
+        self.context += tokens
+        assert len(self.context) <= self.settings.context
+        self.backend.calls += 1
+        rng = np.random.default_rng([*self.context[-2:], len(self.context) // 5, len(tokens)])
+        row = rng.normal(0, 2, len(self._out))
+        row[self.backend.after[tuple(self.context[-2:])]] = 12
+        row += np.random.default_rng().normal(0, 1, len(self._out)) * self.backend.noise
+        return row.astype(np.float32)
+
+
+def fed(settings: Settings, ids: int, symbols: list[int], seed: int = 0):
+    """Yields (mixture, logits, asked, symbol) at each step, the distribution being set, before the symbol is learnt."""
+    m = published.mixture(settings, np.arange(ids, dtype=np.int32), len(symbols))
+    rng = np.random.default_rng(seed)
+    for symbol in symbols:
+        asked = not published.look_up(m)
+        logits = rng.normal(0, 2 * 65536, ids).astype(np.int32)
+        published.set_cdf(m, logits, asked)
+        yield m, logits, asked, symbol
+        published.learn(m, symbol, asked)
+
+
+def course(n: int, ids: int, seed: int = 0) -> list[int]:
+    """Symbols with a skewed distribution that repeat themselves here and there."""
+    rng = random.Random(seed)
+    out: list[int] = []
+    while len(out) < n:
+        if len(out) > 40 and rng.random() < 0.05:
+            at = rng.randrange(len(out) - 30)
+            out += out[at : at + rng.randrange(5, 30)]
+        else:
+            out.append(min(int(rng.expovariate(0.2)), ids))
+    return out[:n]
+
+
+# --- tables and coder -------------------------------------------------------------------------------------------------
+
+
+def test_logarithms_and_powers():
+    for v in [1, 2, 3, 255, 4095, 4096, 4097, 10**6, 2**38, 2**52 - 1, 2**62]:
+        assert abs(published.log2_of(v) / 65536 - math.log2(v)) < 4e-4
+    for x in [0.0, -1e-3, -0.5, -1, -7.25, -30]:
+        assert published.exp2_of(int(x * 2**24)) / 2**30 == pytest.approx(2**x, rel=3e-4, abs=2**-30)
+    assert published.exp2_of(-40 << 24) == 0
+    assert published.exp2_of(0) == 1 << 30
+
+
+@pytest.mark.parametrize("skew", [0.0, 1.0, 30.0])
+def test_coder_is_exact(skew):
+    """Random distributions, also ones with all but one symbol at the least width; the size is the ideal one."""
+    rng = np.random.default_rng(1)
+    n, a = 3000, 50
+    cdfs, symbols, ideal = [], [], 0.0
+    for _ in range(n):
+        p = rng.random(a) ** (1 + skew)
+        counts = 1 + np.floor(p / p.sum() * (TOTAL - a)).astype(np.int64)
+        counts[counts.argmax()] += TOTAL - counts.sum()
+        cdfs.append(np.concatenate([[0], np.cumsum(counts)]))
+        symbols.append(int(rng.integers(a) if rng.random() < 0.2 else rng.choice(a, p=counts / TOTAL)))
+        ideal -= math.log2(counts[symbols[-1]] / TOTAL)
+    state, buffer = np.zeros(4, np.int64), np.zeros(4 * n + 64, np.uint8)
+    published.start(state, buffer, False)
+    for cdf, symbol in zip(cdfs, symbols):
+        published._narrow(state, buffer, cdf[symbol], cdf[symbol + 1], BITS, False)
+    code = buffer[: published.finish(state, buffer)].copy()
+    assert ideal / 8 - 1 <= len(code) <= ideal / 8 * 1.0005 + 6
+    published.start(state, code, True)
+    for cdf, symbol in zip(cdfs, symbols):
+        found = int(np.searchsorted(cdf, published._target(state, BITS), side="right")) - 1
+        assert found == symbol
+        published._narrow(state, code, cdf[symbol], cdf[symbol + 1], BITS, True)
+
+
+# --- n-grams, LZP, mixture, bias against floats -------------------------------------------------------------------------
+
+
+class SlowNgram:
+    """The specification (section 3.1) with dictionaries and floats."""
+
+    def __init__(self, a: int, order: int, contexts: int, entries: int):
+        self.a, self.order, self.contexts, self.entries = a, order, contexts, entries
+        self.zero: defaultdict[int, int] = defaultdict(int)
+        self.tables: list[dict[tuple, dict[int, int]]] = [{} for _ in range(order)]
+        self.past: list[int] = []
+
+    def p(self) -> np.ndarray:
+        p = np.array([self.zero[i] + 1.0 for i in range(self.a)]) / (len(self.past) + self.a)
+        for k in range(1, self.order + 1):
+            found = self.tables[k - 1].get(tuple(self.past[-k:])) if len(self.past) >= k else None
+            if found:
+                total = sum(found.values())
+                counts = np.array([found.get(i, 0) for i in range(self.a)], float)
+                weight = total / (total + 5)
+                p = weight * counts / total + (1 - weight) * p
+        return p
+
+    def learn(self, symbol: int) -> None:
+        self.zero[symbol] += 1
+        for k in range(1, min(self.order, len(self.past)) + 1):
+            table, key = self.tables[k - 1], tuple(self.past[-k:])
+            if key not in table:
+                if len(table) >= self.contexts:
+                    del table[next(iter(table))]
+                table[key] = {}
+            found = table[key]
+            if symbol in found:
+                found[symbol] += 1
+                continue
+            if len(found) >= self.entries:
+                single = next((s for s, c in found.items() if c == 1), None)
+                if single is None:
+                    continue
+                del found[single]
+            found[symbol] = 1
+        self.past.append(symbol)
+
+
+@pytest.mark.parametrize("order, contexts, entries", [(4, 10_000, 64), (4, 40, 64), (3, 500, 3), (1, 7, 2), (0, 5, 1)])
+def test_ngram_is_the_published_one(order, contexts, entries):
+    """Probabilities and entropy, with contexts that are forgotten and lists that are full."""
+    a = 40
+    settings = Settings(order=order, contexts=contexts, entries=entries, skip=0)
+    slow = SlowNgram(a, order, contexts, entries)
+    for step, (m, _, _, symbol) in enumerate(fed(settings, a - 1, course(1500, a - 1))):
+        if step % 11 == 0:
+            p = slow.p()
+            mine = np.array([published._ngram_p(m, i) for i in range(a)]) / 2**38
+            assert np.abs(mine - p).max() < 1e-6
+            assert mine.sum() <= 1
+            assert published.entropy(m) / 2**54 == pytest.approx(-(p * np.log2(p)).sum(), abs=3e-3)
+        slow.learn(symbol)
+
+
+def test_contexts_without_room_are_ignored():
+    """With few nodes new symbols are dropped, on both sides alike, and nothing breaks."""
+    settings = replace(SMALL, nodes=5, contexts=3)
+    for m, *_ in fed(settings, 30, course(600, 30)):
+        assert m.books[3].max() <= 5
+        assert m.cdf[-1] == TOTAL
+
+
+def test_lzp():
+    """Longest context first; the last successor only."""
+    settings = Settings(lzp=1, ngram=0)
+    table: dict[tuple, int] = {}
+    past: list[int] = []
+    hits = 0
+    for m, _, _, symbol in fed(settings, 30, course(1500, 30)):
+        guess = next((table[tuple(past[-k:])] for k in range(8, 3, -1) if len(past) >= k and tuple(past[-k:]) in table), -1)
+        assert m.scalars[published._GUESS] == guess
+        hits += guess == symbol
+        for k in range(4, 9):
+            if len(past) >= k:
+                table[tuple(past[-k:])] = symbol
+        past.append(symbol)
+    assert hits > 200
+
+
+@pytest.mark.parametrize("switches", [{}, {"lzp": 1}, {"ngram": 0}, {"bias": 0}, {"ngram": 0, "lzp": 1}, {"bias": 0, "lzp": 1}])
+def test_mixture_against_floats(switches):
+    """Distribution, mixer weights and biases of a course, against the formulas of the specification in float64."""
+    a = 25
+    settings = Settings(skip=0, warmup=50, rate=200_000, bias_rate=20_000, **switches)
+    slow = SlowNgram(a, 4, 10**6, 64)
+    on = [True, bool(settings.ngram), bool(settings.lzp)]
+    others = sum(on) - 1
+    weights = np.array([0.85 if others else 1.0, *[0.15 / max(others, 1) * o for o in on[1:]]])
+    bias = np.zeros(a)
+    for step, (m, logits, asked, symbol) in enumerate(fed(settings, a - 1, course(700, a - 1), seed=3)):
+        assert asked
+        warm = step >= settings.warmup
+        x = np.append(logits / 65536, logits.max() / 65536 - 30)
+        if warm and settings.bias:
+            base = np.append(x[:-1] + bias[:-1], 0)
+            base[-1] = base[:-1].max() - 30 + bias[-1]
+            x = base
+        model = 2.0 ** (x - x.max())
+        model /= model.sum()
+        ngram = slow.p()
+        guess = m.scalars[published._GUESS]
+        lzp = np.full(a, 1 / a) if guess < 0 else np.full(a, 0.15 / (a - 1))
+        if guess >= 0:
+            lzp[guess] = 0.85
+        p = weights @ np.stack([model, ngram, lzp]) if warm else model
+        counts = np.diff(m.cdf)
+        assert m.cdf[0] == 0 and m.cdf[-1] == TOTAL and counts.min() >= 1
+        assert np.abs(counts / TOTAL - p).max() < 2e-3
+        if warm:
+            likelihood = np.maximum([model[symbol], ngram[symbol], lzp[symbol]], 1e-8)
+            weights = np.where(on, weights * likelihood**0.2, 0)
+            weights /= weights.sum()
+        if settings.bias:
+            bias -= 0.02 * (model - (np.arange(a) == symbol)) * math.log2(math.e)
+        slow.learn(symbol)
+    if settings.bias:
+        assert np.abs(m.bias / 2**24 - bias).max() < 0.1 and np.abs(bias).max() > 0.3
+
+
+def test_mixer_selects():
+    """As published, the mixer does not forget: after many symbols all the weight is with the better model."""
+    settings = Settings(skip=0, bias=0, warmup=0)
+    m = published.mixture(settings, np.arange(9, dtype=np.int32), 3000)
+    assert (m.weights / 65536).tolist() == pytest.approx([0.85, 0.15, 0], abs=1e-3)
+    wrong = np.full(9, -40 * 65536, np.int32)
+    wrong[0] = 0
+    for _ in range(3000):
+        published.look_up(m)
+        published.set_cdf(m, wrong, True)
+        published.learn(m, 1, True)
+    assert m.weights.tolist() == [0, 65536, 0]
+
+
+# --- tokens, segments --------------------------------------------------------------------------------------------------
+
+
+def spelled(alphabet: hybrid.Alphabet, symbols: list[int]) -> bytes:
+    return b"".join(alphabet.pieces[s] if s >= 0 else bytes([-1 - s]) for s in symbols)
+
+
+NASTY = {
+    "empty": b"",
+    "one byte": b"x",
+    "lost byte": LOST[:1],
+    "all bytes": bytes(range(256)),
+    "lost bytes": LOST * 5,
+    "special": b"a<|endoftext|>b<|im_start|> <|endoftext|><|endoftext|>" * 3,
+    "lost in text": TEXT[:200] + LOST + TEXT[200:400] + LOST[:1] + b"x" + LOST[2:3] + TEXT[:90],
+    "invalid": TEXT[:150] + b"\xff\xfe\xc3\x28\xed\xa0\x80\xf5" + "naïve — ".encode() * 9 + b"\xe2\x82",
+    "line ends": b"a\r\nb\nc\rd\r\r\n\n" * 20,
+    "islands": bytes(300) + TEXT[:120] + bytes(range(128, 256)) + TEXT[:70] + LOST * 20 + b"short" + bytes(9) + TEXT[-100:],
+    "text": TEXT,
+    "utf-16": "Alice was beginning".encode("utf-16-le") * 8,
+    "spaces": b" " * 700 + b"\t" * 70 + b"\n" * 70,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lossy", [False, True])
+def test_tokens_spell_the_bytes(lossy):
+    """Whatever the tokenizer does. Where it is right, its tokens are used."""
+    toy = Toy(lossy=lossy)
+    alphabet = hybrid.Alphabet(toy.pieces)
+    assert alphabet.missing.nonzero()[0].tolist() == sorted(LOST)
+    for name, data in NASTY.items():
+        symbols = alphabet.split(toy, data)
+        assert spelled(alphabet, symbols) == data, name
+    ids = toy.tokenize("the thin man")
+    if not lossy:
+        assert [int(alphabet.ids[s]) for s in alphabet.split(toy, b"the thin man")] == ids
+    assert sum(s < 0 for s in alphabet.split(toy, NASTY["lost in text"])) == len(LOST) + 2
+
+
+def test_segments():
+    none = np.zeros(256, bool)
+    lacking = none.copy()
+    lacking[list(LOST)] = True
+
+    def kinds(data: bytes, missing: np.ndarray = none) -> list[int]:
+        runs = hybrid.segment(data, missing)
+        assert sum(runs) == len(data) and all(n > 0 for n in runs[1:])
+        return runs
+
+    text = b"words and words " * 10
+    assert kinds(b"") == []
+    assert kinds(text) == [160]
+    assert kinds("naïve — ".encode() * 30) == [330]
+    assert kinds(text + bytes(200) + text) == [160, 200, 160]
+    assert kinds(text + bytes(8) + text + bytes(100)) == [328, 100]  # bridged
+    assert kinds(text + bytes(40) + text + bytes(100)) == [360, 100]  # absorbed
+    assert kinds(text + LOST * 6 + text + bytes(100), lacking) == [160, 36, 160, 100]  # not absorbed
+    assert kinds(text + LOST[:1] + text, lacking) == [321]  # bridged all the same: an escape is cheaper than a run
+    assert kinds(bytes(100) + text[:63] + bytes(100)) == [0, 263]
+    assert kinds(b"\xff\xfe\x80" * 50 + text) == [0, 150, 160]
+    assert kinds(bytes(30) + text) == [190]
+    assert kinds(random.Random(1).randbytes(5000))[:2] == [0, 5000]
+
+
+def test_blocks_are_cut_at_lines():
+    data = b"line of text\n" * 100
+    assert hybrid.cut(data, 500) == 494 and hybrid.cut(data, 10**6) == 1300
+    assert hybrid.cut("é".encode() * 100, 99) == 98
+    assert hybrid.cut(b"\x80" * 100, 50) == 50
+
+
+# --- blocks through backends -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    pytest.importorskip("transformers")
+    return tiny_models.transformers_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def gguf_path(tmp_path_factory):
+    pytest.importorskip("gguf")
+    return tiny_models.gguf_file(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "llama_cpp", fake_llama.module())
+
+
+def round_trips(mixture: hybrid.TokenMixture) -> None:
+    for name, data in NASTY.items():
+        code = mixture.encode(data, 1)
+        assert mixture.decode(code, len(data)) == data, name
+    assert mixture.failures == 0
+
+
+@pytest.mark.parametrize("change", [
+    {}, {"ngram": 0}, {"lzp": 1}, {"bias": 0}, {"skip": 0}, {"lzp": 1, "ngram": 0}, {"order": 0}, {"order": 2, "warmup": 0},
+    {"sink": 0}, {"batch": 1}, {"temperature": 15_000}, {"contexts": 3, "nodes": 4, "entries": 1}, {"skip_entropy": 20_000},
+])  # fmt: skip
+def test_components_on_and_off(change):
+    mixture = hybrid.TokenMixture(Toy(), replace(SMALL, **change), verify=False)
+    for data in (TEXT[:700], NASTY["islands"], NASTY["lost in text"]):
+        code = mixture.encode(data, 1)
+        assert mixture.decode(code, len(data)) == data
+
+
+def test_toy_round_trips():
+    round_trips(hybrid.TokenMixture(Toy(), SMALL))
+    round_trips(hybrid.TokenMixture(Toy(lossy=True), SMALL, verify=False))
+
+
+def test_skip_saves_calls():
+    """In a text that repeats itself the language model is hardly asked; in warm-up it always is."""
+    data = TEXT[:300] * 12
+    calls = {}
+    for skip in (0, 1):
+        toy = Toy()
+        alphabet = hybrid.Alphabet(toy.pieces)
+        code = hybrid.encode_text(toy, alphabet, replace(SMALL, skip=skip), data)
+        calls[skip] = toy.calls
+        assert hybrid.decode_text(toy, alphabet, replace(SMALL, skip=skip), code, len(data)) == data
+    assert calls[1] < 0.6 * calls[0]
+    toy = Toy()
+    hybrid.encode_text(toy, alphabet, replace(SMALL, warmup=10**6), data)
+    assert toy.calls >= len(alphabet.split(toy, data))
+
+
+def test_text_that_the_backend_knows_is_small():
+    """A model that predicts the text perfectly costs next to nothing: floors of 1 in 2**24, straddle bits and all."""
+
+    class Oracle(Toy):
+        def session(self, settings):
+            return OracleSession(self, settings)
+
+    class OracleSession(ToySession):
+        def _evaluate(self, tokens, at):
+            self.context += tokens
+            row = np.full(len(self._out), -20.0, np.float32)
+            row[ids[len(self.context) - 1] if len(self.context) <= len(ids) else 0] = 20
+            return row
+
+    data = bytes(random.Random(0).randrange(32, 127) for _ in range(1500))
+    oracle = Oracle()
+    ids = list(oracle.tokenize(data.decode()))
+    alphabet = hybrid.Alphabet(oracle.pieces)
+    code = hybrid.encode_text(oracle, alphabet, Settings(context=4096, keep=8), data)
+    assert len(code) < 12
+    assert hybrid.decode_text(oracle, alphabet, Settings(context=4096, keep=8), code, len(data)) == data
+
+
+def test_window_slides():
+    session = Toy().session(SMALL)
+    session.logits([])
+    for i in range(200):
+        session.logits([i % 250, (i + 1) % 250])
+        assert session.tokens == session.context and len(session.tokens) <= SMALL.context
+        assert session.tokens[0] == 0  # the sink
+    assert session.tokens[-2:] == [199, 200]
+
+
+def test_logits_must_be_numbers():
+    session = Toy(noise=float("nan")).session(SMALL)
+    with pytest.raises(CodecError, match="not numbers"):
+        session.logits([])
+
+
+def test_verification_catches_a_backend_that_wavers():
+    """Its text is coded without the model then, and nothing is lost."""
+    mixture = hybrid.TokenMixture(Toy(noise=1.0), SMALL)
+    code = mixture.encode(TEXT * 3, 1)
+    assert mixture.failures == 1
+    assert hybrid.TokenMixture(Toy(), SMALL).decode(code, 3 * len(TEXT)) == TEXT * 3
+
+
+def test_damaged_blocks():
+    """Typed errors, or exactly the original where the damage hit a bit that does not count."""
+    mixture = hybrid.TokenMixture(Toy(), SMALL, verify=False)
+    data = NASTY["islands"][:700] + TEXT[:500]
+    (block,) = blocks.encode(data, 1, mixture)
+    assert block[0] == blocks.TOKENS
+    assert mixture.encode(data, 1)[0] > 2, "text and binary are what shall be damaged"
+    for what, bad in mutations(block, block[::-1], 250, seed=5):
+        try:
+            assert blocks.decode(bad, mixture) == data, what
+        except CodecError as error:
+            assert error.exit_code in (3, 4, 5), what
+
+
+def test_settings_stand_in_the_header():
+    changed = Settings(order=3, rate=123, lzp=1)
+    assert Settings.from_header(changed.to_header()) == changed
+    for bad in ({}, None, changed.to_header() | {"more": 1}, changed.to_header() | {"order": 5},
+                changed.to_header() | {"order": True}, changed.to_header() | {"context": 100}):  # fmt: skip
+        with pytest.raises(CorruptStream):
+            Settings.from_header(bad)
+
+
+# --- llama.cpp, transformers -------------------------------------------------------------------------------------------
+
+
+def test_fake_llama(fake, gguf_path):
+    llama = backends.Llama(gguf_path, threads=2)
+    assert llama.pieces[0] is None and b" " in llama.pieces
+    assert llama.fingerprint["threads"] == 2 and len(llama.fingerprint["weights"]) == 64
+    round_trips(hybrid.TokenMixture(llama, SMALL))
+    assert backends.Llama(gguf_path, threads=2).fingerprint == llama.fingerprint
+    other = backends.Llama(gguf_path, threads=1).fingerprint
+    assert backends.model_id(other) != backends.model_id(llama.fingerprint)
+
+
+def test_llama_says_what_is_wrong(fake, gguf_path, tmp_path, monkeypatch):
+    with pytest.raises(ModelMissing, match="no such file"):
+        backends.Llama(tmp_path / "none.gguf")
+    (tmp_path / "bad.gguf").write_bytes(b"not a model")
+    with pytest.raises(ModelMissing, match="whole GGUF"):
+        backends.Llama(tmp_path / "bad.gguf")
+    monkeypatch.setitem(__import__("sys").modules, "llama_cpp", None)
+    with pytest.raises(UsageError, match="neuralcodec\\[llama\\]"):
+        backends.Llama(gguf_path)
+
+
+def test_real_llama(gguf_path):
+    """The library itself, where it is installed."""
+    pytest.importorskip("llama_cpp")
+    llama = backends.Llama(gguf_path)
+    round_trips(hybrid.TokenMixture(llama, SMALL))
+    session, again = llama.session(SMALL), llama.session(SMALL)
+    for i in range(100):
+        assert np.array_equal(session.logits([i, i + 1] if i else []), again.logits([i, i + 1] if i else []))
+
+
+def test_transformers(folder):
+    model = backends.Transformers(folder)
+    assert model.pieces[0] is None and model.pieces[-1] is None
+    round_trips(hybrid.TokenMixture(model, SMALL, verify=False))
+    assert backends.Transformers(folder).fingerprint == model.fingerprint
+
+
+def test_transformers_offline(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelMissing) as error:
+        backends.Transformers("nobody/no-such-model")
+    assert "\n" not in str(error.value)
+    with pytest.raises(ModelMissing):
+        backends.Transformers(tmp_path)
+
+
+def test_sentencepiece_pieces():
+    assert backends.sentencepiece_piece("\u2581the") == b" the"
+    assert backends.sentencepiece_piece("<0x0A>") == b"\n"
+    assert backends.byte_level_piece("\u0120the") == b" the"
+    assert backends.byte_level_piece("\u2581") is None
+    assert sorted(backends.BYTE_LETTERS.values()) == list(range(256))
