@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
-from .codecs import grid_cli
+from .codecs import bytes_cli, grid_cli
 from .container.errors import CodecError, CorruptStream, ModelMissing, UnsupportedInput, UsageError
 from .container.format import Head, Limits, dumps, loads, read_head, sniff
 
@@ -38,6 +38,7 @@ ENCODE_EXAMPLES = f"""examples:
   cat photo.png | codec encode - -c > photo{SUFFIX}
 
 {grid_cli.EXAMPLES}
+{bytes_cli.EXAMPLES}
 {EXIT_CODES}"""
 DECODE_EXAMPLES = f"""examples:
   codec decode photo{SUFFIX}                    photo.png
@@ -172,8 +173,8 @@ def progress_bar(args: argparse.Namespace, title: str) -> Iterator[Callable[[int
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def collect(args: argparse.Namespace, suffixes: set[str]) -> list[str]:
-    """Input names: files, '-', the content of folders with -r, and lines of --filelist."""
+def collect(args: argparse.Namespace, suffixes: set[str] | None) -> list[str]:
+    """Input names: files, '-', the content of folders with -r (all of it without ``suffixes``), and lines of --filelist."""
     names = list(args.files)
     if args.filelist:
         with contextlib.ExitStack() as stack:
@@ -182,9 +183,11 @@ def collect(args: argparse.Namespace, suffixes: set[str]) -> list[str]:
     found = []
     for name in names:
         if name != "-" and os.path.isdir(name) and args.recursive:
-            walk = sorted(p for p in Path(name).rglob("*") if p.is_file() and p.suffix.lower() in suffixes)
+            files = sorted(p for p in Path(name).rglob("*") if p.is_file())
+            walk = [p for p in files if suffixes is None or p.suffix.lower() in suffixes]
             if not walk:
-                say(f"codec: {name}: no {SUFFIX + ' files' if suffixes == {SUFFIX} else 'pictures or fields'} in this folder")
+                what = "files" if suffixes is None else f"{SUFFIX} files" if suffixes == {SUFFIX} else "pictures or fields"
+                say(f"codec: {name}: no {what} in this folder")
             found += map(str, walk)
         else:
             found.append(name)
@@ -269,7 +272,7 @@ def report(args: argparse.Namespace, row: dict[str, Any], text: str) -> None:
 Work = Callable[[argparse.Namespace, str], None]
 
 
-def run_batch(args: argparse.Namespace, suffixes: set[str], work: Work, target: Callable | None = None) -> int:
+def run_batch(args: argparse.Namespace, suffixes: set[str] | None, work: Work, target: Callable | None = None) -> int:
     """Do ``work`` for every input; the worst exit code. ``target`` gives the name of an input's result."""
     names = collect(args, suffixes)
     if target:
@@ -283,7 +286,7 @@ def run_batch(args: argparse.Namespace, suffixes: set[str], work: Work, target: 
 
     args.threads = args.threads or max(1, (os.cpu_count() or 1) // jobs)
     args.bars = False  # several bars would overwrite each other
-    plain = argparse.Namespace(**{k: v for k, v in vars(args).items() if k != "func"})
+    plain = argparse.Namespace(**({k: v for k, v in vars(args).items() if k != "func"} | {"jobs": 1}))
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(jobs, context, _start_worker) as pool:
@@ -351,11 +354,19 @@ def _guarded(work: Work, args: argparse.Namespace, name: str) -> int:
 def encode(args: argparse.Namespace) -> int:
     if grid_cli.wants_archive(args):
         return grid_cli.encode_archive(args, collect(args, grid_cli.SUFFIXES))
-    return run_batch(args, PICTURES | grid_cli.SUFFIXES, encode_file, encode_target)
+    everything = bool(args.model) and bytes_cli.is_model(args.model)
+    return run_batch(args, None if everything else PICTURES | grid_cli.SUFFIXES, encode_file, encode_target)
+
+
+def codes_bytes(args: argparse.Namespace, name: str) -> bool:
+    """Whether an input of encode is neither a picture nor fields, or shall not be taken as such."""
+    if grid_cli.is_grid_name(name) and not args.model:
+        return False
+    return bytes_cli.wants_bytes(args.model, name, PICTURES)
 
 
 def encode_target(args: argparse.Namespace, name: str) -> str:
-    return target_of(args, name, SUFFIX)
+    return target_of(args, name, bytes_cli.target_suffix(name) if codes_bytes(args, name) else SUFFIX)
 
 
 def chosen_model(args: argparse.Namespace) -> str:
@@ -379,6 +390,14 @@ def encode_file(args: argparse.Namespace, name: str) -> None:
     """Code one picture as the options say, and write it."""
     target = encode_target(args, name)
     check_free(args, target, name)
+    if codes_bytes(args, name):
+        from .codecs import registry
+
+        model = args.model or registry.default("bytes")
+        report(args, *bytes_cli.encode_file(args, name, model, target, opened, progress_bar, say))
+        if args.rm and name != "-":
+            os.unlink(name)
+        return
     if grid_cli.is_grid_name(name):
         return grid_cli.encode_file(args, name, target)
     from .media.image import read_picture
@@ -482,6 +501,8 @@ def holds_grid(name: str) -> bool:
 
 
 def decode_target(args: argparse.Namespace, name: str) -> str:
+    if bytes_cli.holds_bytes(name):
+        return target_of(args, name, bytes_cli.original_suffix(name))
     if holds_grid(name):
         return target_of(args, name, ".nc")
     suffix = f".{args.format or 'png'}"
@@ -500,12 +521,21 @@ def decode_file(args: argparse.Namespace, name: str) -> None:
     check_free(args, target, name)
     if holds_grid(name):
         return grid_cli.decode_file(args, name, target, limits_of(args))
+    with bytes_cli.source_of(name) as file:
+        head, source = bytes_cli.peek_head(file, limits_of(args))
+        if head is not None and bytes_cli.is_bytes(head):
+            report(args, *bytes_cli.decode_file(args, name, head, source, target, opened, progress_bar))
+            if args.rm and name != "-":
+                os.unlink(name)
+            return
+        bytes_cli.check_decode_options(args)
+        data = source.read()
     from .codecs.image import decode_picture, picture_info
     from .media.image import SUFFIXES, check_target, format_of, write_picture
 
     limits = limits_of(args)
     form = format_of(target) if args.output and target != "-" and not args.format else "PNG"
-    stream = loads(read_bytes(name), limits)
+    stream = loads(data, limits)
     if args.format == "original":
         form = recorded if (recorded := stream.header.get("f")) in SUFFIXES.values() else "PNG"
     elif args.format:
@@ -540,7 +570,12 @@ def test_file(args: argparse.Namespace, name: str) -> None:
     limits = limits_of(args)
     if holds_grid(name):
         return grid_cli.test_file(args, name, limits)
-    stream = loads(read_bytes(name), limits)
+    with bytes_cli.source_of(name) as file:
+        head, source = bytes_cli.peek_head(file, limits)
+        if head is not None and bytes_cli.is_bytes(head):
+            return report(args, *bytes_cli.decode_file(args, name, head, source, None, opened, progress_bar))
+        data = source.read()
+    stream = loads(data, limits)
     from .codecs import registry
     from .codecs.image import decode_picture
 
@@ -574,6 +609,8 @@ def info_file(args: argparse.Namespace, name: str) -> None:
     if size != head.file_size:
         notes = [f"the file has {size:,} bytes where its head says {head.file_size:,}: cut short or not whole"]
     row = {"input": name} | describe_head(head) | {"bytes": size, "warnings": notes}
+    if bytes_cli.is_bytes(head):
+        row |= bytes_cli.describe(head, name)
     if "width" in row:
         row["bpp"] = size * 8 / (row["width"] * row["height"])
     if args.json:
@@ -601,10 +638,14 @@ def describe_head(head: Head) -> dict[str, Any]:
 
 def show_info(row: dict[str, Any], verified: bool) -> None:
     """The lines of ``codec info`` for a person."""
-    lines = [f"{row['input']}: {row['bytes']:,} bytes, {row['codec']}:{row['preset']}, model {row['model_id']}"]
+    name = ":".join(filter(None, (row["codec"], row["preset"])))
+    model = f", model {row['model_id']}" if row["model_id"] else ""
+    lines = [f"{row['input']}: {row['bytes']:,} bytes, {name}{model}"]
     counts: dict[str, list[int]] = {}
     if "variables" in row:
         lines += grid_cli.show(row)
+    if row.get("kind") == "bytes":
+        lines += bytes_cli.show(row)
     for segment in [] if "variables" in row else row["segments"]:
         counts.setdefault(segment["name"], []).append(segment["bytes"])
     if "width" in row:
@@ -809,6 +850,7 @@ def _decode_options(p: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     how.add_argument("--roi", type=region, metavar="X,Y,W,H", help="only this region: left, top, width, height")
     grid_cli.add_decode_arguments(p)
+    bytes_cli.add_decode_arguments(p)
     _outputs(p)
     _inputs(p, "decode")
     _limits(p)
@@ -832,8 +874,8 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
         p.set_defaults(func=func)
         return p
 
-    text = f"Compress pictures and fields: photo.png -> photo{SUFFIX}, x.nc -> x{SUFFIX}."
-    p = verb("encode", "compress pictures and fields", text, encode, ENCODE_EXAMPLES)
+    text = f"Compress pictures, fields, any files: photo.png -> photo{SUFFIX}, x.nc -> x{SUFFIX}, a.txt -> a.txt{SUFFIX}."
+    p = verb("encode", "compress pictures, fields, any files", text, encode, ENCODE_EXAMPLES)
     _encode_options(p)
 
     p = verb("decode", "decompress", f"Decompress: photo{SUFFIX} -> photo.png.", decode, DECODE_EXAMPLES)

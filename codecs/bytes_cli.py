@@ -51,10 +51,22 @@ def is_bytes(head: Head) -> bool:
     return head.codec in CODECS
 
 
+def is_model(model: str) -> bool:
+    """Whether ``codec:preset`` codes bytes."""
+    return model.partition(":")[0] in CODECS
+
+
+def holds_bytes(name: str) -> bool:
+    """Whether an input of decode is a file of bytes; False where that cannot be seen."""
+    with contextlib.suppress(CodecError, OSError), open(name, "rb") as file:
+        return is_bytes(read_head(file))
+    return False
+
+
 def wants_bytes(model: str | None, name: str, pictures: set[str]) -> bool:
     """Whether an input of encode is coded as bytes: by the model that is asked for, or else because it is no picture."""
     if model:
-        return model.partition(":")[0] in CODECS
+        return is_model(model)
     if Path(name).suffix.lower() in pictures:
         return False
     if name == "-":
@@ -70,12 +82,12 @@ def _peek(file: Any) -> bytes:
     return file.peek(64)[:64] if hasattr(file, "peek") else b""
 
 
-def target_name(name: str) -> str:
+def target_suffix(name: str) -> str:
     """Suffix of what encode makes of an input: that of the input stays, so that nothing need be remembered."""
     return Path(name).suffix + SUFFIX
 
 
-def original_name(name: str) -> str:
+def original_suffix(name: str) -> str:
     """Suffix of what decode makes of a file: notes.txt.nlc -> .txt."""
     stem = Path(name)
     return Path(stem.stem).suffix if stem.suffix == SUFFIX else stem.suffix + ".out"
@@ -86,6 +98,12 @@ def check_options(args: argparse.Namespace) -> None:
     for key, option in _LOSSY.items():
         if getattr(args, key, None) is not None:
             raise UsageError(f"{option} is for pictures and fields; other files are coded without loss")
+
+
+def check_decode_options(args: argparse.Namespace) -> None:
+    """UsageError for what makes sense for bytes only."""
+    if args.range:
+        raise UsageError("--range is for files of bytes; --roi cuts a region out of a picture")
 
 
 class Replay(io.RawIOBase):
@@ -147,8 +165,9 @@ def _announce_compilation(say: Callable[[str], None], quiet: bool) -> None:
         say("codec: compiling the coder for this machine, once; this takes about half a minute")
 
 
-def encode_file(args: argparse.Namespace, name: str, model: str, opened: Callable, say: Callable, progress: Any, target: str
-                ) -> tuple[dict[str, Any], str]:  # fmt: skip
+def encode_file(
+    args: argparse.Namespace, name: str, model: str, target: str, opened: Callable, progress: Callable, say: Callable
+) -> tuple[dict[str, Any], str]:
     """Code one file; its report as a row and as a line."""
     check_options(args)
     from . import registry
@@ -178,12 +197,15 @@ def encode_file(args: argparse.Namespace, name: str, model: str, opened: Callabl
     return row, f"{name} -> {target}: {text}"
 
 
-def decode_file(args: argparse.Namespace, name: str, head: Head, source: BinaryIO, opened: Callable, progress: Any,
-                target: str | None) -> tuple[dict[str, Any], str]:  # fmt: skip
+def decode_file(
+    args: argparse.Namespace, name: str, head: Head, source: BinaryIO, target: str | None, opened: Callable, progress: Callable
+) -> tuple[dict[str, Any], str]:
     """Decode one file whose head has been read but is still to come from ``source``, or only check it (no target)."""
     from . import registry
     from .bytefile import decode_file, read_range
 
+    if getattr(args, "roi", None) or getattr(args, "format", None):
+        raise UsageError(f"{'--roi' if args.roi else '--format'} is for pictures; this file holds bytes")
     codec: BytesCodec = registry.load_for(head)  # type: ignore[assignment, arg-type]
     start = time.perf_counter()
     wanted = getattr(args, "range", None)
