@@ -73,6 +73,8 @@ def periods(data: np.ndarray) -> tuple[int, int, float]:
     share[:2] = 0
     usual = float(np.median(share[2:]))
     best = int(share.argmax())
+    if not share[best]:  # nothing comes again at any distance
+        return 4, 16, 0.0
     for k in range(best // 2, 1, -1):  # the base of a row of multiples that are as good
         if best % k == 0 and share[k] > 0.96 * share[best]:
             best = k
