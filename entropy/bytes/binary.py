@@ -17,15 +17,16 @@ from numba import njit
 
 from ...container.errors import CorruptStream
 from .mixing import (
-    BUCKET,
     MAP_START,
     STRETCH,
     apm_next,
     apm_p16,
     apm_table,
+    bucket_table,
     code_bit,
     coder_finish,
     coder_start,
+    fetch_bucket,
     find_bucket,
     map_next,
     map_p16,
@@ -256,6 +257,7 @@ def code(
     hashes = np.zeros(CONTEXTS, np.int64)
     base = np.zeros(contexts, np.int64)
     first = np.zeros(contexts, np.int64)
+    nibble = np.zeros(contexts, np.int64)
     history_at = np.zeros(contexts, np.int64)
     run_at = np.zeros(contexts, np.int64)
     run_byte = np.zeros(contexts, np.int64)
@@ -331,7 +333,10 @@ def code(
                     h = hashes[plan[i]]
                     if position == 4:
                         h = mix_hash(h, node)
-                    at = find_bucket(table, h)
+                    nibble[i] = h
+                    fetch_bucket(table, h)
+                for i in range(contexts):
+                    at = find_bucket(table, nibble[i])
                     base[i] = at
                     if position == 0:
                         first[i] = at
@@ -520,7 +525,7 @@ def _memory(plan: Plan, count: int) -> tuple[np.ndarray, ...]:
     weights = np.zeros(width, np.int32)
     weights[:inputs] = 65536 * 4 // 10 // max(contexts, 1) * 4
     return (
-        np.zeros(buckets * BUCKET, np.int32), primed_histories(contexts),
+        bucket_table(buckets), primed_histories(contexts),
         np.full(max(contexts, 1) << 8, np.uint32(3 << 30), np.uint32), np.full(_MATCHES << 11, np.uint32(3 << 30), np.uint32),
         np.zeros(_MATCHES << match_bits, np.int32), np.tile(weights, _SETS * _SET_SIZE),
         np.tile(np.array([65536 // _SETS] * _SETS + [0] * (16 - _SETS), np.int32), 512),

