@@ -56,6 +56,14 @@ class BytesCodec:
         """A codec ready to code. KeyError for an unknown preset, ModelMissing without its weights."""
         return cls(cls.presets[preset], preset)
 
+    def header(self) -> dict[str, Any]:
+        """What the decoder must know beyond the preset."""
+        return {}
+
+    def pieces(self, source: BinaryIO) -> Iterator[bytes]:
+        """A file in the pieces that are coded one by one."""
+        return iter(lambda: _read_fully(source, framing.BLOCK), b"")
+
     def encode_block(self, data: bytes, effort: int) -> list[bytes]:
         """A piece of a file -> coded blocks."""
         return blocks.encode(data, effort, self.coder)
@@ -125,7 +133,7 @@ def encode_file(
     ``total``: length of the source for ``progress`` (done, total), if it is known. ``verify`` decodes every block again.
     """
     summary = Summary()
-    pieces = iter(lambda: _read_fully(source, framing.BLOCK), b"")
+    pieces = codec.pieces(source)
 
     def work(piece: bytes) -> tuple[int, list[bytes]]:
         made = codec.encode_block(piece, effort)
@@ -159,7 +167,7 @@ def encode_file(
                 preset, model_id = "cm", b""  # no weights are needed to decode it
             else:
                 preset, model_id = codec.preset, codec.model_id
-            summary.size = spool.finish(Stream(codec.name, preset, model_id, {}), out)
+            summary.size = spool.finish(Stream(codec.name, preset, model_id, codec.header()), out)
             summary.model = f"{codec.name}:{preset}"
     summary.model = summary.model or codec.name
     return summary

@@ -101,12 +101,14 @@ def split(model: str) -> tuple[str, str]:
     return codec, preset or "light"
 
 
-def load(codec: str, preset: str = "light", device: str = "cpu") -> Codec:
-    """A frozen codec ready to code. UnknownCodec, ModelMissing, ModelMismatch."""
+def load(codec: str, preset: str = "light", device: str = "cpu", **options: Any) -> Codec:
+    """A frozen codec ready to code. UnknownCodec, ModelMissing, ModelMismatch. ``options`` are for codecs that take some."""
     cls = codec_class(codec)
     if preset not in cls.presets:
         raise ModelMissing(f"{codec} has no preset {preset[:40]!r}; it has {', '.join(cls.presets)}")
     if cls.kind == "bytes":  # these find their weights themselves, without torch
+        if options:
+            return cls.from_preset(preset, **options)
         if (key := (codec, preset)) not in _loaded:
             _loaded[key] = cls.from_preset(preset)
         return _loaded[key]
@@ -119,9 +121,15 @@ def load(codec: str, preset: str = "light", device: str = "cpu") -> Codec:
     return _loaded[key].to(device)
 
 
-def load_for(stream: Stream, device: str = "cpu") -> Codec:
-    """The codec that made ``stream``. ModelMismatch when the weights here are others."""
-    codec = load(stream.codec, stream.preset, device)
+def load_for(stream: Stream, device: str = "cpu", weights: str | None = None) -> Codec:
+    """The codec that made ``stream``. ModelMismatch when the weights here are others.
+
+    ``weights``: file or folder of a language model, for the presets that take one from outside.
+    """
+    codec = None
+    if (for_stream := getattr(codec_class(stream.codec), "for_stream", None)) is not None:
+        codec = for_stream(stream, weights, device)
+    codec = codec or load(stream.codec, stream.preset, device)
     if codec.model_id != stream.model_id:
         raise ModelMismatch(
             f"the stream needs the weights {stream.model_id.hex()} of {stream.codec}:{stream.preset}, "

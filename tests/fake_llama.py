@@ -12,6 +12,7 @@ import types
 import numpy as np
 
 SYSTEM = b"CPU : FAKE = 1"
+NOISE = 1e-3
 
 
 def module() -> types.ModuleType:
@@ -185,7 +186,7 @@ def llama_decode(context, batch):
     last = [t for _, t in context.cells[-3:]]
     seed = hash((tuple(last), len(context.cells) // 7))
     row = np.random.default_rng(seed & 0xFFFFFFFF).normal(0, 2, len(context.row)).astype(np.float32)
-    noise = np.random.default_rng([len(batch), p.n_threads, context.shifted]).normal(0, 1e-3, len(row))
+    noise = np.random.default_rng([len(batch), p.n_threads, context.shifted]).normal(0, NOISE, len(row))
     context.row[:] = (row + noise.astype(np.float32)).tolist()
     return 0
 

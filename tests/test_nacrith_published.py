@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 import random
+import sys
 from collections import defaultdict
 from dataclasses import replace
 
@@ -12,7 +14,10 @@ import numpy as np
 import pytest
 import tiny_models
 from damage import mutations
-from neuralcodec.container.errors import CodecError, CorruptStream, ModelMissing, UsageError
+from neuralcodec.codecs import nacrith, registry
+from neuralcodec.codecs.bytefile import decode_file, encode_bytes
+from neuralcodec.container.errors import CodecError, CorruptStream, ModelMismatch, ModelMissing, UsageError
+from neuralcodec.container.format import dumps, loads, read_head
 from neuralcodec.entropy.bytes import backends, blocks, hybrid, published
 from neuralcodec.entropy.bytes.published import BITS, TOTAL, Settings
 
@@ -374,7 +379,7 @@ def gguf_path(tmp_path_factory):
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "llama_cpp", fake_llama.module())
+    monkeypatch.setitem(sys.modules, "llama_cpp", fake_llama.module())
 
 
 def round_trips(mixture: hybrid.TokenMixture) -> None:
@@ -480,8 +485,8 @@ def test_damaged_blocks():
 def test_settings_stand_in_the_header():
     changed = Settings(order=3, rate=123, lzp=1)
     assert Settings.from_header(changed.to_header()) == changed
-    for bad in ({}, None, changed.to_header() | {"more": 1}, changed.to_header() | {"order": 5},
-                changed.to_header() | {"order": True}, changed.to_header() | {"context": 100}):  # fmt: skip
+    assert changed.to_header() == {"order": 3, "rate": 123, "lzp": 1} and Settings().to_header() == {}
+    for bad in (None, [], {"more": 1}, {"order": 5}, {"order": True}, {"order": "4"}, {"context": 100}):
         with pytest.raises(CorruptStream):
             Settings.from_header(bad)
 
@@ -492,7 +497,7 @@ def test_settings_stand_in_the_header():
 def test_fake_llama(fake, gguf_path):
     llama = backends.Llama(gguf_path, threads=2)
     assert llama.pieces[0] is None and b" " in llama.pieces
-    assert llama.fingerprint["threads"] == 2 and len(llama.fingerprint["weights"]) == 64
+    assert llama.fingerprint["threads"] == 2 and len(llama.fingerprint["weights"]) == 16
     round_trips(hybrid.TokenMixture(llama, SMALL))
     assert backends.Llama(gguf_path, threads=2).fingerprint == llama.fingerprint
     other = backends.Llama(gguf_path, threads=1).fingerprint
@@ -505,7 +510,7 @@ def test_llama_says_what_is_wrong(fake, gguf_path, tmp_path, monkeypatch):
     (tmp_path / "bad.gguf").write_bytes(b"not a model")
     with pytest.raises(ModelMissing, match="whole GGUF"):
         backends.Llama(tmp_path / "bad.gguf")
-    monkeypatch.setitem(__import__("sys").modules, "llama_cpp", None)
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
     with pytest.raises(UsageError, match="neuralcodec\\[llama\\]"):
         backends.Llama(gguf_path)
 
@@ -543,3 +548,105 @@ def test_sentencepiece_pieces():
     assert backends.byte_level_piece("\u0120the") == b" the"
     assert backends.byte_level_piece("\u2581") is None
     assert sorted(backends.BYTE_LETTERS.values()) == list(range(256))
+
+
+# --- files: nacrith:llama, nacrith:transformers, nacrith:published -------------------------------------------------------
+
+
+@pytest.fixture
+def opened(fake, gguf_path):
+    """``nacrith:llama`` with the stand-in, blocks of 500 bytes."""
+    return nacrith.open_published("llama", str(gguf_path), SMALL, threads=1, block=500)
+
+
+def decoded(data: bytes, weights=None) -> bytes:
+    source, out = io.BytesIO(data), io.BytesIO()
+    head = read_head(source)
+    decode_file(registry.load_for(head, weights=str(weights) if weights else None), head, source, out)
+    return out.getvalue()
+
+
+def test_files(opened, gguf_path, monkeypatch):
+    for name, data in NASTY.items():
+        file = encode_bytes(opened, data)
+        assert decoded(file, gguf_path) == data, name
+    file = encode_bytes(opened, TEXT)
+    head = read_head(io.BytesIO(file))
+    assert head.header["weights"] == gguf_path.name and head.preset == "llama"
+    assert Settings.from_header(head.header["settings"]) == SMALL
+    with pytest.raises(ModelMissing, match="tiny.gguf"):
+        decoded(file)
+    monkeypatch.setenv("NEURALCODEC_WEIGHTS", str(gguf_path.parent))
+    assert decoded(file) == TEXT
+
+
+def test_bytes_do_not_depend_on_workers(opened, gguf_path):
+    data = TEXT * 3
+    assert encode_bytes(opened, data, jobs=1) == encode_bytes(opened, data, jobs=3)
+    assert len(read_head(io.BytesIO(encode_bytes(opened, data))).entries) > 5
+    source, out = io.BytesIO(encode_bytes(opened, data)), io.BytesIO()
+    decode_file(opened, read_head(source), source, out, jobs=3)
+    assert out.getvalue() == data
+
+
+def test_blocks_end_at_lines(opened):
+    data = b"".join(b"line %d\n" % i for i in range(300))
+    pieces = list(opened.pieces(io.BytesIO(data)))
+    assert b"".join(pieces) == data and all(p.endswith(b"\n") and len(p) <= 500 for p in pieces)
+    assert list(opened.pieces(io.BytesIO(b""))) == []
+    assert list(opened.pieces(io.BytesIO(bytes(1001)))) == [bytes(500), bytes(500), bytes(1)]
+
+
+@pytest.mark.parametrize("what", ["weights", "library", "build", "device", "threads", "probe"])
+def test_another_backend_is_refused(what, opened, gguf_path, tmp_path, monkeypatch):
+    """ModelMismatch, and the message says what differs."""
+    file = encode_bytes(opened, TEXT)
+    weights = gguf_path
+    if what == "weights":
+        weights = tiny_models.gguf_file(tmp_path / gguf_path.name, seed=1)
+    elif what == "library":
+        sys.modules["llama_cpp"].__version__ = "9.9"
+    elif what == "build":
+        monkeypatch.setattr(fake_llama, "SYSTEM", b"CPU : FAKE = 2")
+    elif what == "device":
+        monkeypatch.setattr(backends, "processor", lambda: "another machine")
+    elif what == "threads":
+        head = read_head(io.BytesIO(file))
+        stream = loads(file)
+        stream.header["backend"] = head.header["backend"] | {"threads": 3}
+        file = dumps(stream)
+        what = "probe"  # the decoder uses the threads of the stream, and finds other logits
+    else:
+        monkeypatch.setattr(fake_llama, "NOISE", 2e-3)
+    with pytest.raises(ModelMismatch, match=what):
+        decoded(file, weights)
+
+
+def test_forged_headers(opened, gguf_path):
+    stream = loads(encode_bytes(opened, TEXT))
+    mine = stream.header
+    for change in ({"settings": None}, {"settings": {"order": 9}}, {"backend": 3}, {"backend": {}}, {"weights": 5},
+                   {"backend": mine["backend"] | {"threads": 0}}, {"backend": mine["backend"] | {"device": [1]}},
+                   {"weights": "../../etc/passwd"}):  # fmt: skip
+        stream.header = mine | change
+        with pytest.raises((CorruptStream, ModelMissing)):
+            decoded(dumps(stream))
+
+
+def test_published_over_the_bundled_model():
+    """Portable: no fingerprint but the weights' id, no verification needed, no skip."""
+    codec = nacrith.Published(backends.Bundled(tiny_models.language_model()), "published", block=2000)
+    assert codec.portable and codec.notes() == [] and not codec.coder.verify
+    round_trips(codec.coder)
+    file = encode_bytes(codec, TEXT)
+    source, out = io.BytesIO(file), io.BytesIO()
+    decode_file(codec, read_head(source), source, out)
+    assert out.getvalue() == TEXT
+
+
+def test_notes(opened):
+    assert "not portable" in opened.notes()[0]
+    with pytest.raises(UsageError, match="--weights"):
+        nacrith.open_published("llama")
+    with pytest.raises(UsageError, match="brings its own"):
+        registry.load("nacrith", "cm", weights="x")

@@ -99,3 +99,21 @@ def gguf_file(path: Path, vocabulary: int = 400, seed: int = 0) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def language_model(seed: int = 0):
+    """A bundled-type model with random weights."""
+    from collections import Counter
+
+    from neuralcodec.entropy.bytes.language import Config, Model
+    from neuralcodec.entropy.bytes.tokens import PRE_TOKEN, Tokens, learn_merges
+
+    counts = Counter(PRE_TOKEN.findall("".join(CORPUS).encode()))
+    tokens = Tokens(learn_merges(dict(counts), 300))
+    config = Config(len(tokens), 16, 1, 24, 9, (9,), (9,), ((20, 20, 20, 20),))
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for key, (dtype, shape) in config.tensors().items():
+        high = {"int8": 100, "int16": 4000}.get(dtype, 3000)
+        tensors[key] = rng.integers(0 if "multipliers" in key else -high, high, shape).astype(dtype)
+    return Model(config, tokens, tensors)

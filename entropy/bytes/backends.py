@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numba import njit
 
-from ...container.errors import CodecError, ModelMissing, UsageError
+from ...container.errors import CodecError, CorruptStream, ModelMismatch, ModelMissing, UsageError
 from .language import Model, Predictor
 from .published import Settings, log2_of
 
@@ -112,7 +112,8 @@ class Backend:
     pieces: list[bytes | None]
     """The bytes of each token; None for one that stands for no bytes (control tokens, unused ids)."""
     fingerprint: dict[str, str | int]
-    """Library, version, weights, device, kernel settings, and the hash of the probe."""
+    """What must be the same at the decoder, short, as it stands in the stream: library and version, hash of its build, of
+    the weights, device, kernel settings, and the hash of the probe."""
 
     def tokenize(self, text: str) -> Sequence[int]:
         """Ids of a text, without special tokens. Need not be exact: ``hybrid`` mends it."""
@@ -132,7 +133,11 @@ class Backend:
         n = len(self.pieces)
         for tokens in ([], [_PROBE[0] % n], [_PROBE[1] % n], [t % n for t in _PROBE], [_PROBE[2] % n], [t % n for t in _PROBE]):
             sha.update(session.logits(tokens).tobytes())
-        return sha.hexdigest()[:32]
+        return sha.hexdigest()[:16]
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def model_id(fingerprint: dict[str, str | int]) -> bytes:
@@ -269,13 +274,11 @@ class Llama(Backend):
         begin = api.llama_vocab_bos(self._vocabulary)
         self.begin = begin if begin >= 0 else max(api.llama_vocab_eos(self._vocabulary), 0)
         self.fingerprint = {
-            "backend": self.kind,
-            "library": f"llama-cpp-python {importlib.import_module('llama_cpp').__version__}",
-            "build": " ".join(api.llama_print_system_info().decode().split()),
-            "weights": file_sha256(path),
-            "device": processor() + (f", {gpu_layers} layers on a GPU" if gpu_layers else ""),
+            "library": f"llama-cpp-python {api.__version__}",
+            "build": _short(" ".join(api.llama_print_system_info().decode().split())),
+            "weights": file_sha256(path)[:16],
+            "device": processor() + (f" + GPU ({gpu_layers})" if gpu_layers else ""),
             "threads": threads,
-            "gpu_layers": gpu_layers,
         }
         self.fingerprint["probe"] = self._probe()
 
@@ -368,20 +371,19 @@ class Transformers(Backend):
         self.pieces = self._read_pieces()
         begin = [i for i in (tokenizer.bos_token_id, model.config.bos_token_id, tokenizer.eos_token_id) if type(i) is int]
         self.begin = begin[0] if begin else 0
+        kernels = f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()} {torch.backends.mkldnn.is_available()}"
         self.fingerprint = {
-            "backend": self.kind,
-            "library": f"transformers {library.__version__}, torch {torch.__version__}",
-            "build": f"{torch.backends.cpu.get_cpu_capability()}, oneDNN {torch.backends.mkldnn.is_available()}",
-            "weights": self._weights_sha256(),
+            "library": f"transformers {library.__version__}",
+            "build": _short(kernels),
+            "weights": self._weights_sha256()[:16],
             "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else processor(),
             "threads": threads,
-            "pieces": hashlib.sha256(repr(self.pieces).encode()).hexdigest()[:32],
         }
         self.fingerprint["probe"] = self._probe()
 
     def _weights_sha256(self) -> str:
-        """sha256 over the tensors as loaded: the same for a folder and for the hub, for one file and for shards."""
-        sha = hashlib.sha256()
+        """sha256 over tokens and tensors as loaded: the same for a folder and for the hub, for one file and for shards."""
+        sha = hashlib.sha256(repr(self.pieces).encode())
         for key, value in sorted(self.model.state_dict().items()):
             sha.update(f"{key} {list(value.shape)}\n".encode())
             sha.update(value.detach().cpu().contiguous().numpy().tobytes())
@@ -446,10 +448,28 @@ class Bundled(Backend):
         """``rates`` of the output layer and its bias, see ``language.Predictor``."""
         self.model, self.rates = model, rates
         self.pieces = list(model.tokens.strings)
-        self.fingerprint = {"backend": self.kind, "weights": model.model_id.hex(), "rate": rates[0], "bias rate": rates[1]}
+        self.fingerprint = {"weights": model.model_id.hex()}
 
     def tokenize(self, text: str) -> Sequence[int]:
         return self.model.tokens.encode(text.encode()).tolist()
 
     def session(self, settings: Settings) -> Session:
         return _BundledSession(self, settings)
+
+
+def open_backend(kind: str, weights: str, *, threads: int, device: str = "cpu") -> Backend:
+    """``llama`` or ``transformers`` with these weights. ModelMissing, UsageError; see the classes."""
+    if kind == Llama.kind:
+        return Llama(weights, threads=threads, gpu_layers=999 if device.startswith("cuda") else 0)
+    return Transformers(weights, threads=threads, device=device)
+
+
+def check_fingerprint(backend: Backend, wanted: Any) -> None:
+    """ModelMismatch, with what differs, unless a stream's fingerprint is that of ``backend``. CorruptStream for nonsense."""
+    if not isinstance(wanted, dict) or any(type(v) not in (str, int) for v in wanted.values()):
+        raise CorruptStream("header: the fingerprint of the language model is malformed")
+    here = backend.fingerprint
+    differing = [key for key in sorted({*wanted, *here}) if wanted.get(key) != here.get(key)]
+    if differing:
+        what = "; ".join(f"{key} {wanted.get(key)!s:.60}, here {here.get(key)!s:.60}" for key in differing)
+        raise ModelMismatch(f"the stream is not portable, and it was made with another language model or machine: {what}")

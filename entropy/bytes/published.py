@@ -57,7 +57,7 @@ EXP2, LOG2 = _tables()
 
 @dataclass(frozen=True)
 class Settings:
-    """Every number that the decoder must know; all of them stand in the stream. Defaults: the published ones.
+    """Every number that the decoder must know; the header fixes all of them. Defaults: the published ones.
 
     Rates, weights and LZP's confidence are millionths, the temperature 1/10000, the entropy below which the language model is
     skipped 1/1000 bit. ``context``, ``keep``, ``sink`` and ``batch`` say how the language model is fed: when its context of
@@ -95,16 +95,16 @@ class Settings:
             raise ValueError("sink, keep and batch together are longer than the context")
 
     def to_header(self) -> dict[str, int]:
-        """Plain values for a stream's header."""
-        return asdict(self)
+        """For a stream's header: what differs from ``DEFAULTS``, which belong to the format and never change."""
+        return {k: v for k, v in asdict(self).items() if v != DEFAULTS[k]}
 
     @classmethod
     def from_header(cls, header: Any) -> Settings:
-        """Back from ``to_header``. CorruptStream when something is missing, unknown or out of range."""
-        if not isinstance(header, dict) or set(header) != {f.name for f in fields(cls)}:
-            raise CorruptStream("header: the settings are not those of this version")
+        """Back from ``to_header``. CorruptStream when something is unknown or out of range."""
+        if not isinstance(header, dict) or not set(header) <= set(DEFAULTS):
+            raise CorruptStream("header: unknown settings of the token mixture; a newer version may read this file")
         try:
-            return cls(**header)
+            return cls(**(DEFAULTS | header))
         except ValueError as error:
             raise CorruptStream(f"header: {error}") from None
 
@@ -116,6 +116,9 @@ _RANGES = {
     "bias": (0, 1), "bias_rate": _MILLION, "skip": (0, 1), "skip_entropy": (0, 20_000), "warmup": (0, 1 << 40),
     "temperature": (100, 1_000_000), "context": (4, 1 << 20), "keep": (1, 1 << 20), "sink": (0, 64), "batch": (1, 1024),
 }  # fmt: skip
+
+
+DEFAULTS = asdict(Settings())
 
 
 class Mixture(NamedTuple):
