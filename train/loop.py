@@ -44,6 +44,7 @@ class Recipe:
     optimiser: str = "adam"
     lr: float = 1e-3
     muon_lr: float = 2e-3
+    latent_factor: float = 1.0  # on the rates of the entropy model, which bears and wants higher ones than the transform
     warmup_steps: int = 200
     decay_from: float = 0.3  # fraction of the run at which the cosine to zero begins
     decay_to: float = 1.0  # where it ends; what follows (a hard stage) starts again at ``tail`` and falls linearly
@@ -188,7 +189,7 @@ def train(codec: ImageCodec, stacks: list[Tensor], recipe: Recipe, out: Path, *,
     elif recipe.start == "klt":
         start_at_klt(codec, stacks[-1][: recipe.klt_pictures].to(device))
     ema = deepcopy(codec).requires_grad_(False)
-    opts = optimisers(codec, recipe.optimiser, recipe.lr, recipe.muon_lr)
+    opts = optimisers(codec, recipe.optimiser, recipe.lr, recipe.muon_lr, recipe.latent_factor)
     if list(objective.parameters()):
         opts += optimisers(objective, "adam", recipe.lr, recipe.muon_lr)
     step, spent = 0, 0.0
@@ -291,6 +292,10 @@ def main(argv: list[str] | argparse.Namespace | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     name, preset = registry.split(args.codec)
+    if registry.codec_class(name).kind == "bytes":
+        from .language import main as train_language_model
+
+        return train_language_model(args)
     codec = registry.codec_class(name).from_preset(preset)
     recipe = Recipe.read(args.recipe, steps=args.steps, minutes=args.minutes, seed=args.seed, optimiser=args.optimiser,
                          lr=args.lr, muon_lr=args.muon_lr)  # fmt: skip

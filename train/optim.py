@@ -46,15 +46,22 @@ class Muon(torch.optim.Optimizer):
                 p.add_(orthogonalise(update).view_as(p), alpha=-group["lr"] * scale)
 
 
-def optimisers(model: torch.nn.Module, kind: str, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
-    """``adam`` for everything, or ``muon`` for kernels with at least 8 rows and columns and Adam for the rest."""
-    kernels, others = [], []
-    for p in model.parameters():
+def optimisers(model: torch.nn.Module, kind: str, lr: float, muon_lr: float,
+               latent: float = 1.0) -> list[torch.optim.Optimizer]:  # fmt: skip
+    """``adam`` for everything, or ``muon`` for kernels with at least 8 rows and columns and Adam for the rest.
+
+    Rates of the entropy model, ``model.latent``, are ``latent`` times the others'.
+    """
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for name, p in model.named_parameters():
         big = kind == "muon" and p.ndim == 4 and min(p.shape[0], p[0].numel()) >= 8
-        (kernels if big else others).append(p)
-    result: list[torch.optim.Optimizer] = [torch.optim.Adam(others, lr=lr, betas=(0.9, 0.98), eps=1e-9)]
-    if kernels:
-        result.append(Muon(kernels, lr=muon_lr))
+        groups.setdefault((big, name.startswith("latent.")), []).append(p)
+    result: list[torch.optim.Optimizer] = []
+    for big, rate in ((False, lr), (True, muon_lr)):
+        parts = [{"params": groups[big, mine], "lr": rate * (latent if mine else 1.0)}
+                 for mine in (False, True) if (big, mine) in groups]  # fmt: skip
+        if parts:
+            result.append(Muon(parts, lr=rate) if big else torch.optim.Adam(parts, lr=rate, betas=(0.9, 0.98), eps=1e-9))
     for optimiser in result:
         for group in optimiser.param_groups:
             group["peak"] = group["lr"]
