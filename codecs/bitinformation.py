@@ -8,17 +8,20 @@ neighbour. Rounding keeps the bits that hold a given share of it; the relative e
 from __future__ import annotations
 
 import numpy as np
+from numba import njit
 
 MANTISSA = {4: 23, 8: 52}
+FEWEST = 256
+"""Pairs of neighbours below which nothing is said about them."""
 SIGNIFICANT = 2.575829303548901
 """Quantile of the normal distribution: information that chance alone would show once in a hundred times is none."""
 
 
 def information(field: np.ndarray) -> np.ndarray:
-    """Real information of each bit, most significant (sign) first, of a field (H, W): bits of information, (32,) or (64,).
+    """Real information of each bit, most significant (sign) first, of a field (H, W) float32 or float64: (32,) or (64,).
 
     Neighbours are those along the rows, or along the columns where rows have one value; pairs with a value that is not
-    finite are left out. Zeros where there are fewer than two values.
+    finite are left out. Zeros where there are too few values for any to be significant.
     """
     field = np.atleast_2d(field)
     if field.shape[1] < 2:
@@ -29,18 +32,32 @@ def information(field: np.ndarray) -> np.ndarray:
     a, b = _signed_exponent(a[both]), _signed_exponent(b[both])
     result = np.zeros(size * 8)
     n = a.size
-    if n < 2:
+    if n < FEWEST:
         return result
-    for place in range(size * 8):
-        shift = a.dtype.type(size * 8 - 1 - place)
-        bit_a, bit_b = (a >> shift) & 1, (b >> shift) & 1
-        ones_a, ones_b, joint = int(bit_a.sum()), int(bit_b.sum()), int((bit_a & bit_b).sum())
+    for place, (ones_a, ones_b, joint) in enumerate(_counts(a.astype(np.uint64), b.astype(np.uint64), size * 8)):
         counts = np.array([[n - ones_a - ones_b + joint, ones_b - joint], [ones_a - joint, joint]], np.float64) / n
         rows, columns = counts.sum(1, keepdims=True), counts.sum(0, keepdims=True)
         there = counts > 0
         result[place] = float((counts[there] * np.log2((counts / (rows * columns + 1e-300))[there])).sum())
     result[result < _chance(n)] = 0
     return result
+
+
+@njit(cache=True)
+def _counts(a: np.ndarray, b: np.ndarray, width: int) -> np.ndarray:
+    """How often each bit, most significant first, is 1 in a, in b, and in both: (width, 3)."""
+    found = np.zeros((width, 3), np.int64)
+    one = np.uint64(1)
+    for i in range(a.size):
+        x, y = a[i], b[i]
+        for place in range(width - 1, -1, -1):
+            p, q = np.int64(x & one), np.int64(y & one)
+            found[place, 0] += p
+            found[place, 1] += q
+            found[place, 2] += p & q
+            x >>= one
+            y >>= one
+    return found
 
 
 def _signed_exponent(values: np.ndarray) -> np.ndarray:
@@ -66,18 +83,19 @@ def kept_mantissa_bits(info: np.ndarray, share: float, mantissa: int) -> int:
     """Mantissa bits that, with sign and exponent, hold ``share`` of the information.
 
     What was packed or rounded before shows information in low bits again, which is the trace of the packing and no signal:
-    bits behind the first one without any are not counted.
+    once the information has fallen below half of its peak, bits from the next rise on (by half) are not counted. Where nothing
+    shows information (noise, constants, a handful of values) there is nothing to decide by, and all bits are kept.
     """
     info = info.copy()
     first = len(info) - mantissa
-    silent = np.flatnonzero(info[first:] <= 0)
-    any_before = np.cumsum(info)[first:] > 0
-    gap = [i for i in silent if any_before[i]]
-    if gap:
-        info[first + gap[0] :] = 0
+    peak = first + int(np.argmax(info[first:]))
+    for place in range(peak, len(info) - 1):
+        if info[place] < 0.5 * info[peak] and info[place + 1] > 1.5 * info[place]:
+            info[place + 1 :] = 0
+            break
     total = info.sum()
     if total <= 0:
-        return 0
+        return mantissa
     needed = int(np.searchsorted(np.cumsum(info), share * total * (1 - 1e-12)))
     return int(np.clip(needed - first + 1, 0, mantissa))
 

@@ -309,12 +309,12 @@ def test_file(args: argparse.Namespace, name: str, limits: Any) -> None:
     with opened_grid(name, limits) as grid:
         damaged = decode_grid(grid, None, keep_going=True, workers=_workers(args))
         count = sum(p.count for p in grid.plans.values())
-        if not grid.complete:
-            damaged.append(f"{name}: is not complete; run `codec encode` again to finish it")
+        complete = grid.complete
     for text in damaged:
         say(f"codec: {text}")
-    if damaged:
-        raise CorruptStream(f"{name}: {len(damaged)} of {count} chunks are damaged or missing")
+    if damaged or not complete:
+        text = f"{len(damaged)} of {count} chunks are damaged or missing"
+        raise CorruptStream(f"{name}: {text}" + ("" if complete else "; it is not complete: encode again to finish it"))
     report(args, {"input": name, "ok": True, "chunks": count}, f"{name}: ok, {count} chunks")
 
 

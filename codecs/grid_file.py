@@ -30,7 +30,7 @@ from ..media.grid import KINDS, STRING, Layout, Source, Target, Variable
 from .grid_bounds import lossy_attributes, with_history
 from .grid_chunk import Coding, Stats, _packed, _unpacked, coding_of, decode_chunk, encode_chunk
 
-CODEC, PRESET, NO_MODEL = "grid", "exact", bytes(8)
+CODEC, PRESET, NO_MODEL = "grid", "exact", b""
 TIMES = 4
 """Time steps of a chunk: few, so that one time of one variable is a small part of a long file."""
 CHUNK_VALUES = 1 << 23
@@ -83,7 +83,7 @@ class Plan:
 
 def chunk_shape(shape: tuple[int, ...], axes: str, times: int = TIMES, most: int = CHUNK_VALUES) -> tuple[int, ...]:
     """Chunks of ``times`` steps with all levels and the whole grid, split along times, levels, rows where that is too much."""
-    chunks = [min(n, times) if a == "T" else max(n, 1) for n, a in zip(shape, axes)]
+    chunks = [max(min(n, times) if a == "T" else n, 1) for n, a in zip(shape, axes)]
     for letter in "TLYX":
         for i, axis in enumerate(axes):
             if axis == letter and math.prod(chunks) > most:
@@ -329,7 +329,7 @@ class GridFile:
         shape = plan.variable.shape
         box = tuple(slice(*s.indices(n)) for s, n in zip(box or (slice(None),) * len(shape), shape))
         if plan.chunks is None:
-            return self.small[name][box]
+            return self.small[name][box or ...]
         ranges = [range(s.start, s.stop, s.step) for s in box]
         out = np.empty([len(r) for r in ranges], object if plan.variable.dtype == STRING else plan.variable.dtype)
         if not out.size:

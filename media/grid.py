@@ -151,9 +151,9 @@ def _axis(dim: str, variable: Variable | None) -> str:
 class Source:
     """An open file of fields. ``read`` gives raw values of a box; only that box is read from the disk."""
 
-    def __init__(self, path: str, data: Any):
+    def __init__(self, path: str, data: Any, names: list[str] | None = None, dims: dict[str, int] | None = None):
         self.path, self._data = path, data
-        self.layout = _layout(path, data)
+        self.layout = _layout(path, data, names or list(data.variables), dims or {str(k): n for k, n in data.sizes.items()})
 
     def read(self, name: str, box: tuple[slice, ...] | None = None) -> np.ndarray:
         """Values of ``name``, in native byte order; texts as an object array of str. UnsupportedInput when unreadable."""
@@ -196,12 +196,13 @@ def open_grid(path: str | os.PathLike[str], grib_filter: dict[str, Any] | None =
     if not os.path.exists(path):
         raise FileNotFoundError(2, "no such file or directory", path)
     options: dict[str, Any] = {"decode_cf": False, "cache": False}
+    names, dims = None, None
     if suffix in GRIB:
         options |= {"engine": "cfgrib", "backend_kwargs": {"indexpath": "", "filter_by_keys": grib_filter or {}}}
     elif suffix in ZARR:
         options |= {"engine": "zarr", "consolidated": None}
     else:
-        _check_netcdf(path)
+        names, dims = _check_netcdf(path)
         options |= {"engine": "netcdf4"}
     try:
         with _lock:
@@ -216,7 +217,7 @@ def open_grid(path: str | os.PathLike[str], grib_filter: dict[str, Any] | None =
             raise UnsupportedInput(f"{path}: {text}") from None
         raise _unreadable(path, error) from None
     try:
-        return Source(path, data)
+        return Source(path, data, names, dims)
     except BaseException:
         data.close()
         raise
@@ -227,8 +228,9 @@ def _unreadable(path: str, error: Exception) -> UnsupportedInput:
     return UnsupportedInput(f"{path}: cannot be read as a file of fields ({first})")
 
 
-def _check_netcdf(path: str) -> None:
-    """What xarray would leave out silently, or change."""
+def _check_netcdf(path: str) -> tuple[list[str], dict[str, int]]:
+    """Names of variables, and dimensions, in the order of the file, which xarray does not keep. UnsupportedInput for what it
+    would leave out silently, or change."""
     import netCDF4
 
     try:
@@ -240,13 +242,15 @@ def _check_netcdf(path: str) -> None:
                 if variable.dtype is not str and not isinstance(variable.datatype, np.dtype):
                     kind = type(variable.datatype).__name__
                     raise UnsupportedInput(f"{path}: variable {name} has a user-defined type ({kind}), which is not coded")
+            return list(file.variables), {name: len(dim) for name, dim in file.dimensions.items()}
     except OSError as error:
         raise _unreadable(path, error) from None
 
 
-def _layout(path: str, data: Any) -> Layout:
+def _layout(path: str, data: Any, names: list[str], dims: dict[str, int]) -> Layout:
     variables = {}
-    for name, variable in data.variables.items():
+    for name in names:
+        variable = data.variables[name]
         dtype = np.dtype(variable.dtype)
         code = dtype.newbyteorder("=").str.lstrip("=<>|")
         if dtype.kind in "OTU" or variable.encoding.get("dtype") is str:
@@ -263,8 +267,8 @@ def _layout(path: str, data: Any) -> Layout:
         variables[name] = Variable(name, tuple(map(str, variable.dims)), tuple(variable.shape), code, attrs,
                                    _storage(variable.encoding, len(variable.dims)))  # fmt: skip
     attrs = {str(k): _attribute(path, str(k), v) for k, v in data.attrs.items()}
-    unlimited = tuple(d for d in map(str, data.sizes) if d in data.encoding.get("unlimited_dims", ()))
-    return Layout({str(k): int(v) for k, v in data.sizes.items()}, unlimited, attrs, variables)
+    unlimited = tuple(d for d in dims if d in data.encoding.get("unlimited_dims", ()))
+    return Layout(dims, unlimited, attrs, variables)
 
 
 def _storage(encoding: dict[str, Any], ndim: int) -> dict[str, Any]:

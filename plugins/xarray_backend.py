@@ -48,7 +48,7 @@ class _Values(BackendArray):
                 i = int(part) % n
                 box.append(slice(i, i + 1, 1))
                 after.append(0)
-        return self.opened.grid.read(self.name, tuple(box))[tuple(after)]
+        return self.opened.grid.read(self.name, tuple(box))[tuple(after) or ...]
 
 
 class _Opened:
