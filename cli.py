@@ -836,6 +836,7 @@ def _encode_options(p: argparse.ArgumentParser) -> None:
     text = "side of a tile in pixels, a multiple of 64; small ones need less memory (default 1024)"
     how.add_argument("--tile", type=count_of(64), default=1024, metavar="N", help=text)
     grid_cli.add_encode_arguments(p)
+    bytes_cli.add_encode_arguments(p)
     _outputs(p)
     _inputs(p, "encode")
     _limits(p)
@@ -885,6 +886,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     p = verb("test", "check files by decoding them", text, test, EXIT_CODES)
     _inputs(p, "check")
     _limits(p)
+    bytes_cli.add_test_arguments(p)
 
     text = f"Show what {SUFFIX} files say of themselves, without decoding them. Needs no weights."
     p = verb("info", "show what a file holds", text, info, EXIT_CODES)

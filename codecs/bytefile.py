@@ -56,6 +56,10 @@ class BytesCodec:
         """A codec ready to code. KeyError for an unknown preset, ModelMissing without its weights."""
         return cls(cls.presets[preset], preset)
 
+    def watch(self, progress: Progress, total: int, decoding: bool = False) -> bool:
+        """Tell ``progress`` (done, total) within the blocks of ``total`` bytes; False where blocks are too fast for that."""
+        return False
+
     def header(self) -> dict[str, Any]:
         """What the decoder must know beyond the preset."""
         return {}
@@ -134,6 +138,7 @@ def encode_file(
     """
     summary = Summary()
     pieces = codec.pieces(source)
+    watched = progress is not None and total > 0 and codec.watch(progress, total)
 
     def work(piece: bytes) -> tuple[int, list[bytes]]:
         made = codec.encode_block(piece, effort)
@@ -150,7 +155,7 @@ def encode_file(
                 sizes.append(len(block))
                 what = framing.describe(block)
                 summary.methods[what.method] = summary.methods.get(what.method, 0) + what.length
-            if progress:
+            if progress and not watched:
                 progress(summary.length, max(total, summary.length))
         used = set(summary.methods) - {framing.STORED}
         if not used:
@@ -195,20 +200,22 @@ def _payloads(file: BinaryIO, head: Head) -> Iterator[bytes]:
 
 def decode_file(
     codec: BytesCodec, head: Head, source: BinaryIO, out: BinaryIO | None, jobs: int = 1, most: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | None = None, total: int = 0,
 ) -> int:  # fmt: skip
     """Decode what follows ``head`` in ``source`` into ``out`` (or nowhere); bytes of original.
 
-    Every block is checked before it is written. LimitExceeded beyond ``most`` bytes, CorruptStream.
+    Every block is checked before it is written. LimitExceeded beyond ``most`` bytes, CorruptStream. ``progress`` hears of
+    blocks, or of bytes where these take long and their ``total`` is known.
     """
     length = 0
+    watched = progress is not None and total > 0 and codec.watch(progress, total, decoding=True)
     for number, data in enumerate(_ordered(codec.decode_block, _payloads(source, head), min(jobs, MOST_JOBS))):
         length += len(data)
         if most is not None and length > most:
             raise LimitExceeded(f"more than {most} bytes (--max-bytes)")
         if out is not None:
             out.write(data)
-        if progress:
+        if progress and not watched:
             progress(number + 1, len(head.entries))
     return length
 

@@ -30,9 +30,37 @@ EXAMPLES = """any other file, without loss:
 _LOSSY = {"bpp": "--bpp", "psnr": "--psnr", "size": "--size", "iterations": "--iterations", "max_error": "--max-error"}
 
 
+def add_encode_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``codec encode`` for bytes."""
+    add = parser.add_argument_group("any other file").add_argument
+    _add_weights(add)
+    text = "bytes that -m nacrith:published, :llama and :transformers code together; -j works on several blocks (default 1M)"
+    add("--block", type=_block, metavar="N", help=text)
+
+
+def _add_weights(add: Callable) -> None:
+    text = "language model of nacrith:llama (a GGUF file) or nacrith:transformers (a folder; to encode, also a hub name)"
+    add("--weights", metavar="FILE", help=text)
+
+
+def _block(text: str) -> int:
+    factor = {"k": 1000, "m": 1_000_000}.get(text[-1:].lower(), 1)
+    number = text[:-1] if factor > 1 else text
+    value = int(number) * factor if number.isdecimal() and number.isascii() else 0
+    if not 64 <= value <= 1 << 22:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size from 64 to 4M")
+    return value
+
+
+def add_test_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``codec test`` for bytes."""
+    _add_weights(parser.add_argument_group("any other file").add_argument)
+
+
 def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``codec decode`` for bytes."""
     add = parser.add_argument_group("any other file").add_argument
+    _add_weights(add)
     add("--range", type=_range, metavar="START,SIZE", help="only these bytes of the original; only their blocks are decoded")
 
 
@@ -165,6 +193,20 @@ def _announce_compilation(say: Callable[[str], None], quiet: bool) -> None:
         say("codec: compiling the coder for this machine, once; this takes about half a minute")
 
 
+def _options(args: argparse.Namespace, model: str) -> dict[str, Any]:
+    """What the published presets take from the command line. UsageError where the others are given it."""
+    from .nacrith import Nacrith
+
+    name, _, preset = model.partition(":")
+    if name == Nacrith.name and preset in Nacrith.presets and Nacrith.presets[preset].published:
+        given = {"weights": args.weights, "threads": args.threads, "block": args.block}
+        return {k: v for k, v in given.items() if v is not None} | {"device": "cuda" if args.device == "cuda" else "cpu"}
+    if args.weights or args.block:
+        option = "--weights" if args.weights else "--block"
+        raise UsageError(f"{option} is for -m nacrith:llama, nacrith:transformers and nacrith:published")
+    return {}
+
+
 def encode_file(
     args: argparse.Namespace, name: str, model: str, target: str, opened: Callable, progress: Callable, say: Callable
 ) -> tuple[dict[str, Any], str]:
@@ -173,7 +215,7 @@ def encode_file(
     from . import registry
     from .bytefile import encode_file
 
-    codec: Any = registry.load(*registry.split(model))
+    codec: Any = registry.load(*registry.split(model), **_options(args, model))
     effort = 1 if args.fast else 9 if args.best else args.effort or 5
     start = time.perf_counter()
     with source_of(name) as source:
@@ -184,6 +226,9 @@ def encode_file(
         _announce_compilation(say, args.quiet)
         with opened(target, args.force) as out, progress(args, os.path.basename(name)) as bar:
             summary = encode_file(codec, source, out, effort, _jobs(args), bar, total, args.verify)
+    notes = codec.notes() if hasattr(codec, "notes") else []
+    for note in [] if args.quiet else notes:
+        say(f"codec: {name}: {note}")
     seconds = time.perf_counter() - start
     bits = 8 * summary.size / summary.length if summary.length else None
     row = {
@@ -192,6 +237,8 @@ def encode_file(
     }  # fmt: skip
     if args.verify:
         row["verified"] = True
+    if notes:
+        row["notes"] = notes
     share = f", {bits:.3f} bits per byte" if bits is not None else ""
     text = f"{summary.length:,} -> {summary.size:,} bytes{share}{', verified' if args.verify else ''}, {seconds:.2f} s"
     return row, f"{name} -> {target}: {text}"
@@ -206,7 +253,8 @@ def decode_file(
 
     if getattr(args, "roi", None) or getattr(args, "format", None):
         raise UsageError(f"{'--roi' if args.roi else '--format'} is for pictures; this file holds bytes")
-    codec: BytesCodec = registry.load_for(head)  # type: ignore[assignment, arg-type]
+    device = "cuda" if args.device == "cuda" else "cpu"
+    codec: BytesCodec = registry.load_for(head, device, getattr(args, "weights", None))  # type: ignore[assignment, arg-type]
     start = time.perf_counter()
     wanted = getattr(args, "range", None)
     if wanted:
@@ -224,7 +272,8 @@ def decode_file(
         read_head(source)  # the same once more: what follows is the payload
         out_file = opened(target, args.force) if target is not None else contextlib.nullcontext()
         with out_file as out, progress(args, os.path.basename(name)) as bar:
-            length = decode_file(codec, head, source, out, _jobs(args), args.max_bytes, bar)
+            total = _length(head, name) if bar else 0
+            length = decode_file(codec, head, source, out, _jobs(args), args.max_bytes, bar, total)
     seconds = time.perf_counter() - start
     row = {"input": name, "length": length, "seconds": round(seconds, 3)}
     if target is None:
@@ -232,9 +281,23 @@ def decode_file(
     return row | {"output": target}, f"{name} -> {target}: {length:,} bytes, {seconds:.2f} s"
 
 
+def _length(head: Head, name: str) -> int:
+    """Bytes of original in a file, 0 where a pipe does not tell."""
+    from .bytefile import lengths
+
+    if name == "-":
+        return 0
+    with open(name, "rb") as file, contextlib.suppress(CodecError):
+        return sum(lengths(head, file))
+    return 0
+
+
 def describe(head: Head, name: str) -> dict[str, Any]:
     """What ``codec info`` tells of a file beyond its head: the length of the original, and how much was coded how."""
     row: dict[str, Any] = {"kind": "bytes", "blocks": len(head.entries)}
+    if isinstance(backend := head.header.get("backend"), dict):
+        row |= {"portable": False, "weights": str(head.header.get("weights"))}
+        row |= {"backend": {key: str(value) for key, value in backend.items()}}
     if head.codec == "raw":
         return row | {"length": sum(e.length for e in head.entries), "methods": {}}
     if name == "-":
@@ -260,6 +323,10 @@ def show(row: dict[str, Any]) -> list[str]:
         if row["length"]:
             parts.append(f"{8 * row['bytes'] / row['length']:.3f} bits per byte")
     parts += [f"{title}: {length:,}" for title, length in row.get("methods", {}).items()]
-    return ["  " + ", ".join(parts)]
+    lines = ["  " + ", ".join(parts)]
+    if not row.get("portable", True):
+        made = ", ".join(f"{key} {value}" for key, value in row["backend"].items())
+        lines.append(f"  not portable: decodes only with {row['weights']} and {made}")
+    return lines
 
 

@@ -18,7 +18,8 @@ The paper, from the file to its bits:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
@@ -114,6 +115,21 @@ class Published(Nacrith):
             at = cut(bytes(waiting), self.block)
             yield bytes(waiting[:at])
             del waiting[:at]
+
+    def watch(self, progress: Callable[[int, int], None], total: int, decoding: bool = False) -> bool:
+        """Tell ``progress`` within blocks, which may take hours. Verification is the second half of encoding."""
+        passes = 2 if self.coder.verify and not decoding else 1
+        done = 0
+        lock = threading.Lock()
+
+        def report(more: int) -> None:
+            nonlocal done
+            with lock:
+                done += more
+                progress(min(done // passes, total), total)
+
+        self.coder.report = report
+        return True
 
     def notes(self) -> list[str]:
         """What a user should hear of a file just made."""

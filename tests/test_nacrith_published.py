@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import random
 import sys
@@ -14,8 +15,9 @@ import numpy as np
 import pytest
 import tiny_models
 from damage import mutations
+from neuralcodec.cli import main
 from neuralcodec.codecs import nacrith, registry
-from neuralcodec.codecs.bytefile import decode_file, encode_bytes
+from neuralcodec.codecs.bytefile import decode_file, encode_bytes, encode_file
 from neuralcodec.container.errors import CodecError, CorruptStream, ModelMismatch, ModelMissing, UsageError
 from neuralcodec.container.format import dumps, loads, read_head
 from neuralcodec.entropy.bytes import backends, blocks, hybrid, published
@@ -650,3 +652,37 @@ def test_notes(opened):
         nacrith.open_published("llama")
     with pytest.raises(UsageError, match="brings its own"):
         registry.load("nacrith", "cm", weights="x")
+
+
+def test_command_line(fake, gguf_path, tmp_path, capsys):
+    """Encode says that the file is not portable, info repeats it without any model, decode needs the weights."""
+    source, file, back = tmp_path / "a.txt", tmp_path / "a.txt.nlc", tmp_path / "back.txt"
+    source.write_bytes(TEXT)
+    run = [str(source), "--threads", "1"]
+    assert main(["encode", "-m", "nacrith:llama", "--weights", str(gguf_path), "--block", "500", "--json", *run]) == 0
+    out, err = capsys.readouterr()
+    assert "not portable" in err and json.loads(out)["bytes"] == file.stat().st_size
+    assert main(["info", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "not portable" in out and "tiny.gguf" in out and "3 blocks" in out
+    assert main(["decode", str(file), "-o", str(back)]) == 4 and not back.exists()
+    assert "tiny.gguf" in capsys.readouterr().err
+    assert main(["decode", str(file), "-o", str(back), "--weights", str(gguf_path)]) == 0
+    assert back.read_bytes() == TEXT
+    assert main(["test", str(file), "--weights", str(gguf_path)]) == 0
+    assert main(["encode", "-f", "-m", "nacrith:llama", *run]) == 2
+    assert main(["encode", "-f", "-m", "nacrith:cm", "--weights", "x", *run]) == 2
+    assert main(["encode", "-f", "-m", "nacrith:llama", "--weights", str(source), *run]) == 4
+    assert "GGUF" in capsys.readouterr().err
+
+
+def test_progress_within_blocks(opened):
+    """The bar moves while a block is being coded, up to the end."""
+    seen: list[tuple[int, int]] = []
+    out = io.BytesIO()
+    encode_file(opened, io.BytesIO(TEXT), out, progress=lambda *at: seen.append(at), total=len(TEXT))
+    assert len(seen) > 10 and seen == sorted(seen) and seen[-1] == (len(TEXT), len(TEXT))
+    seen.clear()
+    source = io.BytesIO(out.getvalue())
+    decode_file(opened, read_head(source), source, None, progress=lambda *at: seen.append(at), total=len(TEXT))
+    assert seen == sorted(seen) and seen[-1] == (len(TEXT), len(TEXT))

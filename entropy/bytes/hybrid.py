@@ -11,7 +11,7 @@ of coded blocks of the binary (``blocks``), each with its varint length in front
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -152,7 +152,12 @@ def segment(data: bytes, missing: np.ndarray) -> list[int]:
 # --- text through the mixture -----------------------------------------------------------------------------------------
 
 
-def encode_text(backend: Backend, alphabet: Alphabet, settings: Settings, data: bytes) -> bytes:
+Report = Callable[[int], None]
+"""Hears how many more bytes of text are done."""
+_REPORT_EVERY = 64
+
+
+def encode_text(backend: Backend, alphabet: Alphabet, settings: Settings, data: bytes, report: Report | None = None) -> bytes:
     """Code bytes as tokens of the backend."""
     symbols = alphabet.split(backend, data)
     m = mixture(settings, alphabet.ids, len(data))
@@ -161,7 +166,11 @@ def encode_text(backend: Backend, alphabet: Alphabet, settings: Settings, data: 
     session = backend.session(settings)
     pending: list[int] = []
     logits = np.zeros(1, np.int32)
-    for symbol in symbols:
+    done = 0
+    for n, symbol in enumerate(symbols):
+        if report and n % _REPORT_EVERY == 0:
+            report(done)
+            done = 0
         asked = not look_up(m)
         if asked:
             logits, pending = session.logits(pending), []
@@ -169,10 +178,15 @@ def encode_text(backend: Backend, alphabet: Alphabet, settings: Settings, data: 
         encode_symbol(m, state, buffer, logits, asked, alphabet.escape if escaped else symbol, -1 - symbol if escaped else 0)
         if not escaped:
             pending.append(int(alphabet.ids[symbol]))
+        done += 1 if escaped else len(alphabet.pieces[symbol])
+    if report:
+        report(done)
     return buffer[: finish(state, buffer)].tobytes()
 
 
-def decode_text(backend: Backend, alphabet: Alphabet, settings: Settings, payload: bytes, size: int) -> bytes:
+def decode_text(
+    backend: Backend, alphabet: Alphabet, settings: Settings, payload: bytes, size: int, report: Report | None = None
+) -> bytes:
     """Inverse of ``encode_text`` for ``size`` bytes. CorruptStream where that cannot be."""
     m = mixture(settings, alphabet.ids, size)
     state, buffer = np.zeros(4, np.int64), np.frombuffer(bytearray(payload), np.uint8)  # one type of array for both sides
@@ -183,7 +197,11 @@ def decode_text(backend: Backend, alphabet: Alphabet, settings: Settings, payloa
     parts: list[bytes] = []
     left = size
     end = 8 * len(payload) + 64
+    told = size
     while left > 0:
+        if report and len(parts) % _REPORT_EVERY == 0:
+            report(told - left)
+            told = left
         asked = not look_up(m)
         if asked:
             logits, pending = session.logits(pending), []
@@ -196,6 +214,8 @@ def decode_text(backend: Backend, alphabet: Alphabet, settings: Settings, payloa
         left -= len(parts[-1])
         if state[3] > end:
             raise CorruptStream("coded text ends too early")
+    if report:
+        report(told)
     if left < 0:
         raise CorruptStream("coded text: a token reaches beyond the end")
     return b"".join(parts)
@@ -214,6 +234,8 @@ class TokenMixture:
         self.backend, self.settings = backend, settings
         self.alphabet = Alphabet(backend.pieces)
         self.verify = not backend.portable if verify is None else verify
+        self.report: Report | None = None
+        """Hears of the bytes of text that are coded and, with ``verify``, of those that are decoded again."""
         self.failures = 0
         """Blocks that did not decode and were coded without the language model."""
 
@@ -223,7 +245,7 @@ class TokenMixture:
         runs = segment(data, self.alphabet.missing)
         if sum(runs[::2]):
             text, binary = _apart(data, runs)
-            code = _code(runs, binary, encode_text(self.backend, self.alphabet, self.settings, text), effort)
+            code = _code(runs, binary, encode_text(self.backend, self.alphabet, self.settings, text, self.report), effort)
             if len(code) < len(best):
                 if not self.verify or self._comes_back(code, data):
                     return code
@@ -259,7 +281,7 @@ class TokenMixture:
         if sum(sizes) != sum(runs[1::2]):
             raise CorruptStream("block: its binary part has another length than its runs")
         binary = b"".join(map(blocks.decode, parts))
-        text = decode_text(self.backend, self.alphabet, self.settings, code[at:], sum(runs[::2]))
+        text = decode_text(self.backend, self.alphabet, self.settings, code[at:], sum(runs[::2]), self.report)
         whole, places = [], [0, 0]
         for i, n in enumerate(runs):
             kind = i % 2
