@@ -673,13 +673,13 @@ def models(args: argparse.Namespace) -> int:
         raise ModelMissing("no weights here; install the package again, or name their folder in NEURALCODEC_WEIGHTS")
     print(f"{'model':<22}{'id':<18}{'parameters':>12}{'kMAC/px enc/dec':>18}{'Kodak BD-rate vs VTM':>22}  file")
     for card in cards:
-        macs = card["kmac_per_pixel"]
-        encoder, decoder = macs["g_a"] + macs["entropy"], macs["g_s"] + macs["entropy"]
+        macs = card.get("kmac_per_pixel")
+        work = f"{macs['g_a'] + macs['entropy']:.1f} / {macs['g_s'] + macs['entropy']:.1f}" if macs else "-"
         bd = card.get("measured", {}).get("kodak", {}).get("bd_rate_vtm")
         name = f"{card['codec']}:{card['preset']}"
         mark = " *" if name == registry.default("image") else ""
-        print(f"{name + mark:<22}{card['model_id']:<18}{card['parameters']:>12,}{f'{encoder:.1f} / {decoder:.1f}':>18}"
-              f"{'not measured' if bd is None else f'{bd:+.1f} %':>22}  {os.path.basename(card['file'])}")  # fmt: skip
+        print(f"{name + mark:<22}{card['model_id']:<18}{card['parameters']:>12,}{work:>18}"
+              f"{('not measured' if macs else '-') if bd is None else f'{bd:+.1f} %':>22}  {os.path.basename(card['file'])}")  # fmt: skip
     print("\n* used when no model is asked for. More weights: folders in NEURALCODEC_WEIGHTS.")
     return 0
 
@@ -740,6 +740,8 @@ def bench(args: argparse.Namespace) -> int:
         from .eval.bench_coder import main as run
     elif args.what == "curves":
         from .eval.bench_curves import main as run
+    elif args.what == "grid":
+        from .eval.bench_grid import main as run
     else:
         from .eval.bench_image import main as run
     return run(args)
@@ -909,9 +911,10 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 
     text = "Measure speed, beside peers in the same process."
     p = verb("bench", "measure speed", text, bench)
-    text = "coder: the entropy coder; image: whole pictures; curves: time and memory against size and threads"
-    p.add_argument("what", choices=("coder", "image", "curves"), help=text)
-    p.add_argument("files", nargs="*", metavar="FILE", help="pictures (not for coder; default: a bundled photograph)")
+    text = "coder: the entropy coder; image: whole pictures; curves: time and memory against size and threads; grid: fields"
+    p.add_argument("what", choices=("coder", "image", "curves", "grid"), help=text)
+    p.add_argument("files", nargs="*", metavar="FILE", help="pictures (default: a bundled photograph), or fields for grid")
+    p.add_argument("--max-error", metavar="VAR=TOL,...", help="bounds for grid, as those of codec encode")
     _model(p)
     p.add_argument("--repeats", type=count_of(1), default=7, metavar="N", help="the median of so many runs (default 7)")
     p.add_argument("--threads", type=count_of(1), metavar="N", help="threads (default: all cores)")

@@ -120,6 +120,12 @@ def main(argv: list[str] | argparse.Namespace | None = None) -> int:
         parser = argparse.ArgumentParser(prog="codec freeze", description="Freeze a checkpoint into coding form.")
         add_arguments(parser)
         args = parser.parse_args(argv)
-    card = freeze_checkpoint(args.checkpoint, args.codec, args.out, args.note, args.check)
+    name, preset = registry.split(args.codec)
+    if registry.codec_class(name).kind == "bytes":
+        from .language import freeze as freeze_language_model
+
+        card = freeze_language_model(args.checkpoint, preset, args.out, args.note)
+    else:
+        card = freeze_checkpoint(args.checkpoint, args.codec, args.out, args.note, args.check)
     print(json.dumps({k: card[k] for k in ("codec", "preset", "model_id", "parameters", "bytes")}))
     return 0

@@ -1,6 +1,7 @@
 """Training of the byte codec's language model: data, tokens, network, loop, quantised weights.
 
     codec train nacrith:light --recipe train/recipes/nacrith-light.toml --data text/train --out runs/language
+    codec freeze runs/language/last.pt --codec nacrith:light -o weights/
 
 ``--data`` is a folder of ``*.txt`` or ``*.txt.xz``. The text is brought into the form that the coder gives the model (see
 ``entropy/bytes/transform.py``), a vocabulary is learnt from it, and each file becomes one array of tokens; all of it is kept in OUT.
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from ..entropy.bytes.language import GATE_BITS, HEAD_BITS, MASTER_BITS, SQUARED_LIMIT, X_BITS, Config, Model
 from ..entropy.bytes.tokens import PRE_TOKEN, Tokens, learn_merges
 from ..entropy.bytes.transform import flag_capitals
+from .freeze import write_card
 from .optim import Muon
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -62,14 +64,13 @@ def typewrite(text: str, rng: random.Random) -> str:
     return text.replace("\n", "\n\n") if rng.random() < 0.9 else text
 
 
-def read_texts(folder: Path) -> dict[str, bytes]:
-    """name -> content of all ``*.txt`` and ``*.txt.xz`` of a folder. FileNotFoundError where there is none."""
+def read_texts(folder: Path, most: int = 0) -> dict[str, bytes]:
+    """name -> content (its first ``most`` bytes) of all ``*.txt`` and ``*.txt.xz`` of a folder. FileNotFoundError: none."""
     texts = {}
     for path in sorted(folder.iterdir()):
-        if path.name.endswith(".txt.xz"):
-            texts[path.name.removesuffix(".txt.xz")] = lzma.open(path).read()
-        elif path.suffix == ".txt":
-            texts[path.stem] = path.read_bytes()
+        if path.name.endswith((".txt", ".txt.xz")):
+            with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
+                texts[path.name.partition(".txt")[0]] = file.read(most or -1)
     if not texts:
         raise FileNotFoundError(f"{folder}: no *.txt and no *.txt.xz")
     return texts
@@ -93,7 +94,7 @@ def prepare(folder: Path, out: Path, recipe: Recipe) -> tuple[Tokens, dict[str, 
     """Vocabulary and token arrays of a data folder; made once, then kept in ``out``."""
     cache = out / "tokens.npz"
     if not cache.exists():
-        texts = {name: as_the_model_sees_it(name, data, recipe.seed) for name, data in read_texts(folder).items()}
+        texts = {name: as_the_model_sees_it(name, data, recipe.seed) for name, data in read_texts(folder, recipe.bytes_per_file).items()}
         counts: Counter[bytes] = Counter()
         for name, data in texts.items():
             weight = recipe.mix.get(name, 0.0)
@@ -113,6 +114,11 @@ def prepare(folder: Path, out: Path, recipe: Recipe) -> tuple[Tokens, dict[str, 
     with np.load(cache) as kept:
         tokens = Tokens.from_array([bytes.fromhex(s) for s in kept["strings"].tolist()], kept["merges"])
         return tokens, {k.removeprefix("text."): kept[k] for k in kept.files if k.startswith("text.")}
+
+
+def held_out(arrays: dict[str, np.ndarray], recipe: Recipe) -> dict[str, np.ndarray]:
+    """The end of each file, on which decisions are made."""
+    return {name: ids[max(len(ids) - recipe.held_out, len(ids) * 9 // 10) :] for name, ids in arrays.items()}
 
 
 class Reader:
@@ -301,7 +307,8 @@ class Recipe:
     minutes: float = 1e9
     seed: int = 0
     token_sample: int = 8_000_000
-    held_out: int = 1_250_000  # tokens / 4 or so at the end of each file, never trained on
+    bytes_per_file: int = 0  # take only so many from the beginning of each, 0: all
+    held_out: int = 312_500  # tokens at the end of each file that are never trained on, at most a tenth of it
     mix: dict[str, float] = field(default_factory=lambda: {"novels_en": 0.62, "wikipedia_en": 0.3, "code_and_markup": 0.08})
 
     @classmethod
@@ -385,9 +392,8 @@ def train(data: Path, recipe: Recipe, out: Path, *, resume: bool = False, checkp
             for group, peak in zip(opt.param_groups, peaks):  # a recipe may have changed since
                 group["peak"] = peak
         step, spent, seen = kept["step"], kept["seconds"], kept["seen"]
-    cut = {name: max(len(ids) - recipe.held_out // 4, len(ids) * 9 // 10) for name, ids in arrays.items()}
-    held = {name: ids[cut[name] :] for name, ids in arrays.items()}
-    reader = Reader({name: ids[: cut[name]] for name, ids in arrays.items()}, recipe.mix, recipe.batch, recipe.stay, recipe.seed + step)
+    held = held_out(arrays, recipe)
+    reader = Reader({name: ids[: len(ids) - len(held[name])] for name, ids in arrays.items()}, recipe.mix, recipe.batch, recipe.stay, recipe.seed + step)
     state = model.start(recipe.batch)
     started, window, last_saved = time.monotonic() - spent, [], time.monotonic()
     window_start, log = time.monotonic(), (out / "log.jsonl").open("a")
@@ -505,6 +511,40 @@ def _peaks(model: LanguageModel, sample: np.ndarray) -> list[tuple[float, float]
         hook.remove()
     values = [float(torch.cat(v).kthvalue(math.ceil(sum(map(len, v)) * (1 - 1e-5))).values) for v in found]
     return list(zip(values[::2], values[1::2]))
+
+
+def freeze(checkpoint: Path, preset: str, folder: Path, note: str = "") -> dict[str, Any]:
+    """Quantise ``last.pt`` of a run (its ``tokens.npz`` beside it) into a weights file and its card; the card."""
+    kept = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    with np.load(checkpoint.with_name("tokens.npz")) as arrays:
+        tokens = Tokens.from_array([bytes.fromhex(s) for s in arrays["strings"].tolist()], arrays["merges"])
+        texts = {k.removeprefix("text."): arrays[k] for k in arrays.files if k.startswith("text.")}
+    shape, recipe = Shape(**kept["shape"]), Recipe(**kept["recipe"])
+    model = LanguageModel(shape)
+    model.load_state_dict(kept["model"])
+    held = held_out(texts, recipe)
+    model.eval()
+    frozen = quantise(model, tokens, np.concatenate([ids[:8192] for ids in held.values()]), recipe.levels)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"nacrith-{preset}.safetensors"
+    partial = path.with_suffix(".partial")
+    frozen.save(partial, preset)
+    os.chmod(partial, 0o644)  # safetensors writes private files
+    os.replace(partial, path)
+    d, e = shape.width, shape.hidden
+    training = {"steps": kept["step"], "tokens": kept["seen"], "hours": round(kept["seconds"] / 3600, 3),
+                "tokens_per_second": round(kept["seen"] / max(kept["seconds"], 1e-9)), "recipe": kept["recipe"]}  # fmt: skip
+    if note:
+        training["note"] = note
+    card = {
+        "codec": "nacrith", "preset": preset, "kind": "bytes", "model_id": frozen.model_id.hex(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "kmac_per_token": round((shape.blocks * (7 * d * d + 2 * d * e) + shape.vocabulary * d) / 1000, 1),
+        "bytes": path.stat().st_size, "training": training,
+        "measured": {"held_out_bits_per_byte": {k: round(v, 4) for k, v in validate(model, held, tokens, 65_536).items()}},
+    }  # fmt: skip
+    write_card(path.with_suffix(".json"), card)
+    return card
 
 
 def main(args: argparse.Namespace) -> int:

@@ -188,7 +188,7 @@ def adapt(token, n, cumulative, head, bias, master, rate, bias_rate, norm_bits):
     """The head after ``token``: rates in 1/65536. Rows whose probability is below about 1e-4 stay."""
     size, width = master.shape
     total = cumulative[size]
-    least = total // 10000
+    least = total // 1000
     down = np.int32(norm_bits + 22 - MASTER_BITS)
     half = np.int32(1 << (down - 1))
     for i in range(size):
