@@ -19,8 +19,10 @@ that the decoder has too, the SAME bits on both sides (a neural decoder's, made 
 ``threads`` are used for parts that do not depend on each other; the bytes do not depend on their number. The payload is checked
 with a CRC32C and decoded with the real decoder before ``encode_field`` returns: the bound is a promise.
 
-Errors: ``encode_field`` raises ValueError for shapes, dtypes or bounds that make no sense; ``decode_field`` raises CorruptStream
-for anything damaged and LimitExceeded for a payload that says it holds more than ``limit`` values.
+Errors: ``encode_field`` raises ValueError for shapes, dtypes or bounds that make no sense; ``decode_field`` raises
+CorruptStream for anything damaged and LimitExceeded for a payload that says it holds more than ``limit`` values.
+
+Integers (8, 16 and signed 32 bits) are coded too, without loss.
 """
 
 from .field import Bound, decode_field, describe_field, encode_field
