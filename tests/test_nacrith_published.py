@@ -382,6 +382,9 @@ def gguf_path(tmp_path_factory):
 @pytest.fixture
 def fake(monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", fake_llama.module())
+    backends._open.cache_clear()
+    yield
+    backends._open.cache_clear()
 
 
 def round_trips(mixture: hybrid.TokenMixture) -> None:
@@ -604,6 +607,7 @@ def test_another_backend_is_refused(what, opened, gguf_path, tmp_path, monkeypat
     """ModelMismatch, and the message says what differs."""
     file = encode_bytes(opened, TEXT)
     weights = gguf_path
+    backends._open.cache_clear()  # as if in another process
     if what == "weights":
         weights = tiny_models.gguf_file(tmp_path / gguf_path.name, seed=1)
     elif what == "library":

@@ -123,9 +123,6 @@ class Backend:
         """An empty context."""
         raise NotImplementedError
 
-    def close(self) -> None:
-        """Give memory back."""
-
     def _probe(self) -> str:
         """Hash of the logits on a fixed course of tokens: alone, in a batch, and behind a slide of the window."""
         session = self.session(Settings(**PROBE_SETTINGS))
@@ -308,8 +305,8 @@ class Llama(Backend):
     def session(self, settings: Settings) -> Session:
         return _LlamaSession(self, settings)
 
-    def close(self) -> None:
-        if self.model:
+    def __del__(self) -> None:  # sessions hold the backend, so none is left
+        if getattr(self, "model", None):
             self.api.llama_model_free(self.model)
             self.model = None
 
@@ -458,7 +455,14 @@ class Bundled(Backend):
 
 
 def open_backend(kind: str, weights: str, *, threads: int, device: str = "cpu") -> Backend:
-    """``llama`` or ``transformers`` with these weights. ModelMissing, UsageError; see the classes."""
+    """``llama`` or ``transformers`` with these weights; the last one opened is remembered. ModelMissing, UsageError."""
+    state = os.stat(weights) if os.path.exists(weights) else None
+    changed = (state.st_size, state.st_mtime_ns) if state else None
+    return _open(kind, weights, threads, device, changed)
+
+
+@lru_cache(maxsize=1)
+def _open(kind: str, weights: str, threads: int, device: str, changed: tuple[int, int] | None) -> Backend:
     if kind == Llama.kind:
         return Llama(weights, threads=threads, gpu_layers=999 if device.startswith("cuda") else 0)
     return Transformers(weights, threads=threads, device=device)
