@@ -40,18 +40,19 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", nargs="?", metavar="DATASET", help="the same as --dataset")
     add("--dataset", metavar="NAME|DIR", help="kodak, clic2020-professional, tecnick, ..., NAME:SPLIT, or a folder")
-    add("--codec", nargs="*", default=[], metavar="MODEL", help="our models, for example hyperprior:light")
+    add("--codec", nargs="*", default=[], metavar="MODEL", help="our models: hyperprior:light, ...; grid:exact for fields")
     add("--peers", nargs="*", default=[], metavar="PEER",
         help="pictures: jpeg jpeg-444 webp avif jxl jpeg2000 compressai-mbt2018 ...; video: x264 x264-444 x265 x265-444 "
-             "svt-av1; grid: sz3 zfp sperr jpeg2000 netcdf-deflate; bytes: zlib bz2 lzma zstd brotli ppmd; or "
-             "module:Class of your own")  # fmt: skip
+             "svt-av1; grid: sz3 sz3-2d zfp sperr bitround-zstd jpeg2000 netcdf-deflate; bytes: zlib bz2 lzma zstd brotli "
+             "ppmd; or module:Class of your own")  # fmt: skip
     add("--kind", choices=KINDS, help="of the data (default: what the set or folder holds; bytes must be asked for)")
     add("--qualities", nargs="*", type=float, default=[0.0, 12.0, 25.0, 40.0, 55.0, 70.0, 85.0, 100.0], metavar="Q",
         help="qualities 0..100 of our models (default %(default)s)")  # fmt: skip
     add("--metrics", nargs="*", metavar="METRIC",
         help="pictures: psnr psnr_y ms_ssim (the default) ms_ssim_reduced lpips dists feature_distance fid kid; video also "
              "warping_error flicker; grid: snr rmse_weighted rmse_relative max_error max_error_relative "
-             "anomaly_correlation spectrum_ratio (all by default)")  # fmt: skip
+             "anomaly_correlation spectrum_ratio bias extremes_error gradient_error resolved_wavenumber data_ssim (all by "
+             "default)")  # fmt: skip
     add("--squeezenet", type=Path, metavar="FILE",
         help="weights of SqueezeNet 1.1 for feature_distance (default $NEURALCODEC_SQUEEZENET)")  # fmt: skip
     add("--anchor", default="auto",
@@ -74,14 +75,17 @@ def plot_arguments(parser: argparse.ArgumentParser) -> None:
         help="folders or JSON files that eval wrote; a picture for channels and rate-map")  # fmt: skip
     add("--out", "-o", type=Path, default=Path("plot.svg"), metavar="FILE",
         help="picture to write, by its suffix svg, pdf or png (default %(default)s)")  # fmt: skip
-    add("--what", choices=("rd", "rd-ms-ssim", "speed", "channels", "rate-map"), default="rd",
+    add("--what", choices=("rd", "rd-ms-ssim", "speed", "channels", "rate-map", "fields"), default="rd",
         help="rd: quality against rate; rd-ms-ssim: MS-SSIM; speed: BD-rate against decode time; channels: bits of each "
-             "channel of the latent; rate-map: bits over the picture (default rd)")  # fmt: skip
+             "channel of the latent; rate-map: bits over the picture; fields: two files, the original and the decoded one: "
+             "field, error and spectra (default rd)")  # fmt: skip
     add("--codec", metavar="MODEL", help="model for channels and rate-map (default: that of `codec encode`)")
     add("-q", "--quality", type=float, default=50.0, metavar="Q", help="quality for channels and rate-map (default 50)")
     add("--published", nargs="*", metavar="CURVE",
         help="published curves to draw dashed (default: some of the data set's; none with an empty list)")  # fmt: skip
     add("--title", help="title of the plot")
+    add("--variable", metavar="NAME", help="variable for fields")
+    add("--index", type=int, default=0, metavar="N", help="which level or time of it, counted over all (default 0)")
 
 
 def fetch_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..container.errors import UnsupportedInput
 from .peers import Imagecodecs
+from .subject import Subject
 
 BOUNDS = (3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
 _SHAPE = struct.Struct("<III")
@@ -30,6 +31,9 @@ class GridPeer(Imagecodecs):
     def decode(self, data: bytes) -> np.ndarray:
         shape = _SHAPE.unpack_from(data)
         return np.asarray(self._decode(data[_SHAPE.size :], shape)).reshape(shape)
+
+    def bound(self, sample: np.ndarray, setting: float) -> float | None:
+        return bound_of(sample, setting) if self.settings is BOUNDS else None
 
     @abstractmethod
     def _encode(self, values: np.ndarray, setting: float) -> bytes: ...
@@ -59,6 +63,19 @@ class Sz3(GridPeer):
         return self.package.sz3_decode(data, [n for n in shape if n > 1] or [1], np.dtype(np.float32))
 
 
+class Sz3Planes(Sz3):
+    """Without what neighbouring levels or times tell."""
+
+    name, about = "sz3-2d", "SZ3, absolute bound, each level alone; the setting is the bound over the range"
+
+    def _encode(self, values: np.ndarray, setting: float) -> bytes:
+        bound = bound_of(values, setting)
+        return _join([self.package.sz3_encode(_squeezed(v), mode="abs", abs=bound) for v in values])
+
+    def _decode(self, data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+        return np.stack([Sz3._decode(self, part, (1, *shape[1:])).reshape(shape[1:]) for part in _split(data)])
+
+
 class Zfp(GridPeer):
     name, about, key = "zfp", "ZFP, fixed accuracy; the setting is the bound over the range", "zfp"
     settings = BOUNDS
@@ -85,6 +102,27 @@ class Sperr(GridPeer):
     @staticmethod
     def _parts(values: np.ndarray) -> list[np.ndarray]:
         return [values] if values.shape[0] >= 8 else list(values)
+
+
+class BitRound(GridPeer):
+    """What many archives do: as few mantissa bits as the bound allows, so that a general compressor finds zeros."""
+
+    name, about, key = "bitround-zstd", "bits of the mantissa rounded off, shuffle, zstd 19; the setting is as for sz3", "zstd"
+    settings = BOUNDS
+
+    def _encode(self, values: np.ndarray, setting: float) -> bytes:
+        from ..codecs.bitinformation import rounded
+
+        bound, largest = bound_of(values, setting), np.abs(values).max((1, 2)).astype(np.float64)
+        # an error of 2^-(kept + 1) of the power of two below a value
+        exponents = np.floor(np.log2(np.maximum(largest, np.finfo(np.float32).tiny)))
+        keeps = np.clip(np.ceil(exponents - np.log2(bound) - 1), 0, 23).astype(int)
+        planes = rounded(values[None], keeps.tolist())[0]
+        return self.package.zstd_encode(self.package.byteshuffle_encode(planes), level=19)
+
+    def _decode(self, data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+        raw = np.frombuffer(self.package.zstd_decode(data), np.float32).reshape(shape)
+        return self.package.byteshuffle_decode(raw)
 
 
 class Jpeg2000Grid(GridPeer):
@@ -129,4 +167,36 @@ def _split(data: bytes) -> list[bytes]:
     return parts
 
 
-PEERS = (Sz3, Zfp, Sperr, Jpeg2000Grid, ShuffleDeflate)
+class OursGrid(Subject):
+    """Our coder of fields without a network, ``grid:exact``, through a file of one variable."""
+
+    ours, kind, name, settings = True, "grid", "grid:exact", BOUNDS
+
+    def __init__(self) -> None:
+        from .. import __version__
+
+        self.describe = "error-bounded coder of fields; the setting is the bound over the range"
+        self.identity = f"neuralcodec {__version__}"
+
+    def bound(self, sample: np.ndarray, setting: float) -> float | None:
+        return bound_of(sample, setting)
+
+    def encode(self, sample: np.ndarray, setting: float) -> bytes:
+        from ..codecs.grid_chunk import Coding, encode_chunk
+        from ..codecs.grid_file import CODEC, NO_MODEL, PRESET
+        from ..container.format import Segment, Stream, dumps
+
+        coding = Coding("f4", "LYX", "absolute", bound_of(sample, setting))
+        payload, _ = encode_chunk(np.ascontiguousarray(sample, np.float32), coding)
+        header = {"s": list(sample.shape), "k": coding.plain()}
+        return dumps(Stream(CODEC, PRESET, NO_MODEL, header, [Segment("data", payload)]))
+
+    def decode(self, data: bytes) -> np.ndarray:
+        from ..codecs.grid_chunk import Coding, decode_chunk
+        from ..container.format import loads
+
+        stream = loads(data)
+        return decode_chunk(stream.segments[0].data, tuple(stream.header["s"]), Coding.of(stream.header["k"]))
+
+
+PEERS = (Sz3, Sz3Planes, Zfp, Sperr, BitRound, Jpeg2000Grid, ShuffleDeflate)

@@ -272,6 +272,12 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(f"{args.out}: pictures are written as svg, pdf or png")
     if args.what in ("channels", "rate-map"):
         made = _model_chart(args)
+    elif args.what == "fields":
+        from .plot_grid import fields_chart
+
+        if len(args.results) != 2:
+            raise UsageError("--what fields is of two files: the original and the decoded one")
+        made = fields_chart(*args.results, args.variable, args.index, args.title)
     else:
         results = load_results(args.results)
         if args.what == "speed":

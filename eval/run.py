@@ -48,8 +48,14 @@ def make(name: str, qualities: Sequence[float] = QUALITIES, kind: str = "image")
     """A peer by name, or one of our models. UsageError, ModelMissing, UnknownCodec."""
     if is_peer(name):
         return peer(name, kind)
+    if kind == "grid":
+        from .peers_grid import OursGrid
+
+        if name == OursGrid.name:
+            return OursGrid()
     if kind != Ours.kind:
-        raise UsageError(f"{name} is no peer for {kind}; our own models are measured on pictures only")
+        here = "our own models are measured on pictures only, grid:exact on fields"
+        raise UsageError(f"{name} is no peer for {kind}; {here}")
     return Ours(name, qualities)
 
 
@@ -94,7 +100,9 @@ def measure(subject: Subject, kind: Kind, sample: Any, setting: float, folder: P
     for side, stages in (("encode", encode_stages), ("decode", decode_stages)):
         if stages:
             point[f"{side}_stages"] = stages
-    point |= kind.compare(sample, decoded, metrics)
+    point |= kind.compare(sample, decoded, metrics) | kind.ratios(size, sample)
+    if (bound := subject.bound(source, setting)) is not None:
+        point["max_error_over_bound"] = float(np.abs(decoded.astype(np.float64) - source).max() / bound)
     if (ideal := subject.ideal_bits(source, setting)) is not None:
         point["ideal_bits"] = ideal
     return point
@@ -534,6 +542,7 @@ def overhead(rows: list[dict[str, Any]], rate: str = "bpp") -> float | None:
 
 SHORT = {
     "max_error_relative": ("max/range", ".1e"), "anomaly_correlation": ("ACC", ".4f"), "psnr": ("PSNR", ".2f"),
+    "ratio_float32": ("float32:1", ".1f"), "ratio_int16": ("int16:1", ".1f"), "max_error_over_bound": ("max/bound", ".5f"),
     "snr": ("SNR dB", ".1f"), "bpp": ("bpp", ".3f"), "bits_per_value": ("bits/value", ".3f"),
 }  # fmt: skip
 

@@ -42,6 +42,10 @@ class Subject(ABC):
         """Bits that the entropy model charges for a sample: the estimate beside the bytes of the file."""
         return None
 
+    def bound(self, sample: Any, setting: float) -> float | None:
+        """Largest error that the subject promises at a setting, where it promises one."""
+        return None
+
     @property
     def stages(self) -> dict[str, float]:
         return {}

@@ -11,7 +11,7 @@ from conftest import scene
 from neuralcodec.cli import main
 from neuralcodec.container.errors import CodecError, UnsupportedInput, UsageError
 from neuralcodec.datasets.registry import DatasetError, find
-from neuralcodec.eval import metrics_grid, metrics_video, run
+from neuralcodec.eval import kinds, metrics_grid, metrics_video, plot_grid, run
 from neuralcodec.eval.kinds import KINDS, Item
 from neuralcodec.eval.peers import known, peer
 from PIL import Image
@@ -44,7 +44,7 @@ def test_bytes_peers_give_back_everything(name):
     assert len(subject.encode(b"abc " * 5000, subject.settings[-1])) < 300
 
 
-@pytest.mark.parametrize("name", ["sz3", "zfp", "sperr", "netcdf-deflate"])
+@pytest.mark.parametrize("name", ["sz3", "sz3-2d", "zfp", "sperr", "bitround-zstd", "netcdf-deflate"])
 @pytest.mark.parametrize("levels", [1, 2, 9])
 def test_grid_peers_hold_their_bound(name, levels):
     subject, values = made(name, "grid"), field(levels)
@@ -57,6 +57,61 @@ def test_grid_peers_hold_their_bound(name, levels):
         assert metrics_grid.max_error(values, decoded) <= allowed
     with pytest.raises(UnsupportedInput, match="missing"):
         subject.encode(np.full((1, 8, 8), np.nan, np.float32), subject.settings[0])
+
+
+def test_our_coder_of_fields_is_measured_like_a_peer(tmp_path):
+    subject, values = run.make("grid:exact", kind="grid"), field(3)
+    sizes = []
+    for setting in (subject.settings[0], subject.settings[-1]):
+        sample = kinds.Field(values, LATITUDE, "t", "K")
+        point = run.measure(subject, KINDS["grid"], sample, setting, tmp_path, KINDS["grid"].default_metrics)
+        assert 0 < point["max_error_over_bound"] <= 1 and point["max_error"] <= setting * np.ptp(values.astype(float))
+        assert point["ratio_float32"] == pytest.approx(values.size * 4 / point["bytes"]) == 2 * point["ratio_int16"]
+        sizes.append(point["bytes"])
+    assert sizes[0] < sizes[1]
+    pooled = KINDS["grid"].pool([point, point | {"max_error_over_bound": 2.0}])
+    assert pooled["max_error_over_bound"] == 2.0 and pooled["ratio_float32"] == pytest.approx(point["ratio_float32"])
+
+
+def test_what_an_error_does_to_a_field():
+    a = field()
+    assert metrics_grid.bias(a, a + 0.25, LATITUDE) == pytest.approx(0.25, rel=1e-4)
+    assert metrics_grid.bias(a, a[:, ::-1], LATITUDE) != 0 and metrics_grid.extremes_error(a, a[:, ::-1]) == 0
+    assert metrics_grid.extremes_error(a, np.clip(a, a.min() + 1, a.max() - 2)) == pytest.approx(2, rel=1e-3)
+    assert metrics_grid.gradient_error(a, a + 5, LATITUDE) == pytest.approx(0, abs=1e-3)
+    assert metrics_grid.gradient_error(a, 2 * a, LATITUDE) == pytest.approx(1, rel=1e-3)
+    assert metrics_grid.gradient_error(np.ones_like(a), a, LATITUDE) is None
+    east = np.broadcast_to(np.sin(np.deg2rad(np.arange(72) * 5.0)), a.shape)  # 1 per radian of longitude where it is steepest
+    steepest = np.abs(metrics_grid.gradients(east, LATITUDE)[1])
+    assert steepest[0, 18].max() == pytest.approx(np.pi / 180, rel=2e-3)  # at the equator a degree is a degree
+    assert steepest[0, 30].max() == pytest.approx(np.pi / 180 / np.cos(np.deg2rad(LATITUDE[30])), rel=2e-3)
+    wave = 280 + 10 * np.sin(2 * np.pi * 3 * np.arange(72) / 72) + np.zeros(a.shape)
+    fine = 0.01 * np.sin(2 * np.pi * 20 * np.arange(72) / 72)
+    assert metrics_grid.resolved_wavenumber(wave + 0.9 * fine, wave - 0.1 * fine, LATITUDE) == pytest.approx(20 / 36)
+    assert metrics_grid.resolved_wavenumber(a, a, LATITUDE) == 1
+    noisy = a + np.random.default_rng(0).normal(0, 1, a.shape)
+    like = [metrics_grid.data_ssim(a, b) for b in (a, a + 0.3 * (noisy - a), noisy)]
+    assert like[0] == 1 > like[1] > like[2]
+
+
+def test_fields_chart(tmp_path):
+    import xarray
+
+    dims = ("level", "latitude", "longitude")
+    for name, values in (("a", field()), ("b", field() + 0.1), ("c", field()[:, :, :70])):
+        data = xarray.Dataset({"t": (dims, values, {"units": "K"}), "u": (dims, values)}, {"latitude": LATITUDE})
+        data.to_netcdf(tmp_path / f"{name}.nc")
+    a, b, c = (str(tmp_path / f"{n}.nc") for n in "abc")
+    target = str(tmp_path / "x.png")
+    assert main(["plot", a, b, "--what", "fields", "--variable", "t", "--index", "1", "-o", target]) == 0
+    with Image.open(target) as picture:
+        assert picture.width > 800 and np.asarray(picture.convert("RGB")).std() > 10
+    chart = plot_grid.fields_chart(tmp_path / "a.nc", tmp_path / "b.nc", "t")
+    assert "largest error 0.1 K" in chart.axes[1].get_title(loc="left")
+    assert [line.get_label() for line in chart.axes[2].lines] == ["original", "decoded", "error"]
+    for arguments in ([a, b], [a, b, "--variable", "q"], [a, c, "--variable", "t"], [a, "--variable", "t"],
+                      [a, b, "--variable", "t", "--index", "2"]):  # fmt: skip
+        assert main(["plot", *arguments, "--what", "fields", "-o", target]) == 2
 
 
 def test_jpeg2000_of_fields_gets_better_and_takes_constants():
@@ -197,7 +252,7 @@ def test_eval_of_fields(tmp_path, capsys):
     point = result["points"][0]
     assert point["name"] == "x.nc:t" and point["bits_per_value"] == point["bytes"] * 8 / field().size
     assert point["max_error"] <= point["setting"] * np.ptp(field()) * 1.001
-    with pytest.raises(UsageError, match="our own models are measured on pictures only"):
+    with pytest.raises(UsageError, match="our own models are measured on pictures only, grid:exact on fields"):
         run.make("hyperprior:test", kind="grid")
 
 

@@ -203,7 +203,7 @@ def test_interrupted_runs_are_finished(tmp_path):
     with pytest.raises(UsageError, match="name it again"):
         encode_archive(files[:1], store, BOUNDS)
     outcome = encode_archive(files[:3], store, BOUNDS)
-    assert outcome.resumed == 4 and outcome.done.chunks == 2 
+    assert outcome.resumed == 4 and outcome.done.chunks == 2
     assert main(["test", store]) == 0 and not list(Path(store).rglob("*.partial"))
     with pytest.raises(KeyboardInterrupt):  # and while it grows
         encode_archive(files, store, BOUNDS, append=True, runner=dies_after(1))
