@@ -58,7 +58,15 @@ class Nacrith(BytesCodec):
             return open_published(preset, **options)
         if options.get("weights"):
             raise UsageError(f"nacrith:{preset} brings its own weights; --weights is for nacrith:llama and :transformers")
-        return super().from_preset(preset)
+        codec = super().from_preset(preset)
+        if cls.presets[preset].backend:
+            from ..entropy.bytes.language import Model
+            from ..entropy.bytes.text import TextCoder
+            from .registry import weights_path
+
+            model = Model.load(weights_path(cls.name, preset))
+            codec.coder, codec.model_id = TextCoder(model), model.model_id
+        return codec
 
     @classmethod
     def for_stream(cls, stream: Stream | Head, weights: str | None = None, device: str = "cpu") -> BytesCodec | None:

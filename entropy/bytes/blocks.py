@@ -14,6 +14,7 @@ from ...container.format import crc32c, read_varint, varint
 from . import binary, detect, filters
 from .framing import LONGEST, METHODS, MIXED, STORED, TOKENS, describe, frame
 
+_FAST = 3  # up to this effort no model is asked
 _BOTH = 1 << 16  # up to this size both coders are tried where either may win
 
 
@@ -44,7 +45,7 @@ def _encode_run(data: bytes, array: np.ndarray, kind: int, effort: int, coder: B
     if detect.is_noise(array):
         return _smallest(data, [])
     candidates = []
-    if coder is not None and kind == detect.TEXT:
+    if coder is not None and kind == detect.TEXT and effort > _FAST:
         candidates.append((coder.method, coder.encode(data, effort)))
     if not candidates or len(data) <= _BOTH:
         mixed = _mixed(array, effort)

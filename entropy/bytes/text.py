@@ -12,7 +12,7 @@ Integers only. A payload is: flags (1 byte), margin (1), number of tokens (varin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields, replace
 from decimal import Decimal, localcontext
 
 import numpy as np
@@ -23,6 +23,7 @@ from ...container.format import read_varint, varint
 from .binary import (
     ABOVE, CLASSES, DEPTH, FIELD, FIRST, INDENT, LINE, PUNCT, QUOTE, STACK, STATE, TAG, WORD, WORD1, WORD2, learn_text, primed_histories,
 )  # fmt: skip
+from .framing import TEXT
 from .language import Model, adapt, curves, predict, step
 from .mixing import (
     BUCKET, CLAMP, MAP_START, STRETCH, apm_next, apm_p16, apm_table, code_bit, coder_finish, coder_start, find_bucket, map_next, map_p16,
@@ -55,11 +56,37 @@ class TextOptions:
     bias_rate: int = 1300
     mixer_rate: int = 130
     slot_limit: int = 30
-    table_bits: int = 22
+    table_bits: int = 21
     """At most 2^so many buckets of 64 bytes for the contexts."""
 
     def on(self, component: str) -> bool:
         return bool(self.components & COMPONENTS[component])
+
+    def without(self, *components: str) -> TextOptions:
+        """The same with parts left out. KeyError for an unknown one."""
+        return replace(self, components=self.components & ~sum(COMPONENTS[c] for c in set(components)))
+
+    def to_bytes(self) -> bytes:
+        """One byte for the defaults, otherwise all values."""
+        if self == TextOptions():
+            return b"\0"
+        return b"\1" + b"".join(varint(value) for value in astuple(self))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> tuple[TextOptions, int]:
+        """(options, bytes read). CorruptStream for values that no encoder writes."""
+        if data[:1] == b"\0":
+            return cls(), 1
+        if data[:1] != b"\1":
+            raise CorruptStream("options of the text coder: unknown form")
+        values, at = [], 1
+        for _ in fields(cls):
+            value, at = read_varint(data, at, "options of the text coder")
+            values.append(value)
+        options = cls(*values)
+        if any(value > limit for value, limit in zip(values, (EVERYTHING, 2047, 65535, 4095, 63, 22))):
+            raise CorruptStream("options of the text coder: out of range")
+        return options, at
 
 
 @njit(cache=True)
@@ -516,3 +543,26 @@ def decode_text(payload: bytes, length: int, model: Model, options: TextOptions 
     if len(data) != length or not coder[3] - 4 <= len(stream) <= coder[3]:
         raise CorruptStream("the text and its code end at different places")
     return data
+
+
+class TextCoder:
+    """The coder of text blocks for ``blocks``: its code begins with the options."""
+
+    method = TEXT
+
+    def __init__(self, model: Model):
+        self.model = model
+
+    def encode(self, data: bytes, effort: int) -> bytes:
+        """Efforts 1..4 leave the language model out; 8 and 9 try faster learning too, and keep the shorter code."""
+        tried = [TextOptions()]
+        if effort <= 4:
+            tried = [TextOptions().without("model")]
+        elif effort >= 8:
+            tried.append(TextOptions(head_rate=130))
+        return min((options.to_bytes() + encode_text(data, self.model, options) for options in tried), key=len)
+
+    def decode(self, code: bytes, length: int) -> bytes:
+        """Code -> original. CorruptStream where damage shows; a checksum must find the rest."""
+        options, at = TextOptions.from_bytes(code)
+        return decode_text(code[at:], length, self.model, options)
