@@ -206,9 +206,11 @@ def _decode_field(body: bytes, patterns: list, limits: list, shape: tuple[int, .
         raise CorruptStream("chunk: bad fill values or limits")
     field = decode_field(body, threads=threads, limit=math.prod(shape))
     carrier = dtype if dtype.kind == "f" else np.dtype("f8")
-    if field.shape != _four(shape, coding.axes) or field.dtype != carrier:
+    if field.shape != _four(shape, coding.axes) or field.dtype not in (carrier, dtype):
         raise CorruptStream("chunk: another shape or type than the header says")
     field = _restored(field, shape, coding.axes)
+    if field.dtype.kind in "iu":
+        return field
     if limits:
         inside = np.isfinite(field)
         np.clip(field, *np.array(limits, carrier), out=field, where=inside)
@@ -238,11 +240,16 @@ def _encode_integers(values: np.ndarray, coding: Coding, threads: int) -> tuple[
 
     (steps, keep), reach = _steps(values, coding), max(abs(int(values.min())), abs(int(values.max())))
     best = None if steps or values.size > 1 << 20 else _bytes(values)
+    fills = [np.frombuffer(raw, values.dtype)[0] for raw in coding.fills]
+    present = [f for f in fills if (values == f).any()]
+    options: dict[str, Any] = {"periodic": coding.periodic, "threads": threads}
+    if not steps and not present and values.dtype.itemsize <= 4 and values.dtype != np.uint32:
+        ordered = _ordered(values, coding.axes)
+        made = cbor.encode([FIELD, [], []]) + encode_field(ordered, level_group=_level_group(ordered.shape), **options)
+        return (made if best is None or len(made) < len(best) else best), keep
     if reach >= 1 << 50:  # beyond what float64 holds with room for a half
         return best or _bytes(values), keep
     field, patterns = values.astype(np.float64), []
-    fills = [np.frombuffer(raw, values.dtype)[0] for raw in coding.fills]
-    present = [f for f in fills if (values == f).any()]
     if len(present) == 1:
         field[values == present[0]] = np.nan
         patterns = [[0, present[0].tobytes()]]
@@ -250,8 +257,7 @@ def _encode_integers(values: np.ndarray, coding: Coding, threads: int) -> tuple[
         steps = 0
     # a lattice of step 2k + 1: every cell of it holds as many integers on both sides of its middle
     ordered = _ordered(field, coding.axes)
-    payload = encode_field(ordered, Bound(steps + 0.5), periodic=coding.periodic, threads=threads,
-                           level_group=_level_group(ordered.shape))  # fmt: skip
+    payload = encode_field(ordered, Bound(steps + 0.5), level_group=_level_group(ordered.shape), **options)
     made = cbor.encode([FIELD, patterns, _limits(field) if steps else []]) + payload
     if steps and _fill_within(field, coding) and _new_fills(made, values, coding, threads):
         return _encode_integers(values, replace(coding, kind="lossless"), threads)
