@@ -26,15 +26,19 @@ class Config:
     latent: LatentConfig
 
 
+_LIGHT = Config((64, 96), (2, 1, 0), (2, 2, 0),
+                LatentConfig((32, 48, 80, 128), hyper=32, width=56, features=56, context=56, trunk=72, squeeze=40,
+                             residual=40))  # fmt: skip
+
+
 class Hyperprior(LatentCodec):
     name = "hyperprior"
     presets = {
         "test": Config((16, 16), (1, 1, 0), (1, 1, 0),
                        LatentConfig((8, 24), hyper=8, width=16, features=16, context=16, trunk=16, squeeze=16,
                                     residual=16)),
-        "light": Config((64, 96), (2, 1, 0), (2, 2, 0),
-                        LatentConfig((32, 48, 80, 128), hyper=32, width=56, features=56, context=56, trunk=72,
-                                     squeeze=40, residual=40)),
+        "light": _LIGHT,
+        "light-ms-ssim": _LIGHT,  # the same, trained for MS-SSIM
         "base": Config((96, 192), (3, 3, 0), (3, 3, 0),
                        LatentConfig((16, 32, 64, 208), hyper=96, width=128, features=192, context=160, trunk=224,
                                     squeeze=128, residual=128)),

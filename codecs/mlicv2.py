@@ -87,11 +87,10 @@ _PUBLISHED = MlicConfig((32,) * 10, hyper=192, width=192, features=640, publishe
                         channel=((192, 3), (128, 3), (128, 3)), local=64, inter=64, intra=64)  # fmt: skip
 _PAPER = replace(_PUBLISHED, rope=True, guide=64, reweight=True)
 
-# The transform of hyperprior:light, whose training it goes on from; its lambdas reach further down
-_LIGHT = Config((64, 96), encoder_blocks=(2, 1, 0), decoder_blocks=(2, 2, 0), mixing=False,
+_LIGHT = Config((64, 96), encoder_blocks=(2, 2, 0), decoder_blocks=(2, 2, 0),
                 latent=MlicConfig((32, 48, 80, 128), hyper=32, width=56, features=56, channel=((40, 1), (56, 3)), local=32,
                                   inter=16, intra=0, attention=32, entropy=(64, 72), residual=(40,), guide=16,
-                                  lambda_low=0.0003, **_SMALL))  # fmt: skip
+                                  **_SMALL))  # fmt: skip
 
 
 class MLICv2(LatentCodec):
@@ -103,8 +102,6 @@ class MLICv2(LatentCodec):
                                          guide=8, reweight=True, **_SMALL | {"inter_head": 8})),
         "light": _LIGHT,
         "light-selective": replace(_LIGHT, latent=replace(_LIGHT.latent, selective=True)),  # --init from light
-        "light-mixing": replace(_LIGHT, encoder_blocks=(2, 2, 0), mixing=True),  # to measure what the mixing blocks are worth
-        "light-ms-ssim": _LIGHT,  # the same, trained for MS-SSIM
         "base": Config((96, 192), encoder_blocks=(3, 4, 0), decoder_blocks=(3, 4, 0),
                        latent=MlicConfig((16, 32, 64, 80, 128), hyper=96, width=128, features=192,
                                          channel=((128, 1), (160, 3)), local=96, inter=32, intra=32, attention=64,
