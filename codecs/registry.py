@@ -37,6 +37,7 @@ register("mlicv2", f"{__package__}.mlicv2:MLICv2")
 register("s2lic", f"{__package__}.s2lic:S2LIC")
 register("feds", f"{__package__}.feds:FEDS")
 register("hcfssnet", f"{__package__}.hcfssnet:HCFSSNet")
+register("vaeformer", f"{__package__}.vaeformer:VAEformer")
 register("nacrith", f"{__package__}.nacrith:Nacrith")
 register("raw", f"{__package__}.bytefile:Raw")
 
