@@ -26,12 +26,13 @@ from .binary import (
 from .framing import TEXT
 from .language import Model, adapt, curves, predict, step
 from .mixing import (
-    BUCKET, CLAMP, MAP_START, STRETCH, apm_next, apm_p16, apm_table, code_bit, coder_finish, coder_start, find_bucket, map_next, map_p16,
+    CLAMP, MAP_START, STRETCH, apm_next, apm_p16, apm_table, bucket_table, code_bit, coder_finish, coder_start, fetch_bucket,
+    find_bucket, map_next, map_p16,
     mix_dot, mix_hash, mix_train, slot_next, slot_p18, squash, stretch,
 )  # fmt: skip
 from .transform import WIDEST, best_margin, flag_capitals, join_lines, reach, restore_capitals
 
-CONTEXTS = 28
+CONTEXTS = 26
 MATCHES = 2
 _INPUTS = 4  # of a context: slot, history, confidence, run
 _SETS = 7
@@ -44,7 +45,7 @@ COMPONENTS = {
 }  # fmt: skip
 """Parts that can be left out, by bit of ``TextOptions.components``."""
 EVERYTHING = sum(COMPONENTS.values())
-_GROUPS = {"tokens": range(0, 10), "bytes": range(10, 15), "words": range(15, 21), "format": range(21, 28)}
+_GROUPS = {"tokens": range(0, 8), "bytes": range(8, 13), "words": range(13, 19), "format": range(19, 26)}
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class TextOptions:
     components: int = EVERYTHING
     head_rate: int = 66
     bias_rate: int = 1300
-    mixer_rate: int = 130
+    mixer_rate: int = 200
     slot_limit: int = 30
     table_bits: int = 21
     """At most 2^so many buckets of 64 bytes for the contexts."""
@@ -96,8 +97,6 @@ def _contexts(out, ids, n, text, size, state, stack):
     t2 = np.int64(ids[n - 2]) if n > 1 else 0
     t3 = np.int64(ids[n - 3]) if n > 2 else 0
     t4 = np.int64(ids[n - 4]) if n > 3 else 0
-    t5 = np.int64(ids[n - 5]) if n > 4 else 0
-    t6 = np.int64(ids[n - 6]) if n > 5 else 0
     c1 = np.int64(text[size - 1]) if size > 0 else 0
     c2 = np.int64(text[size - 2]) if size > 1 else 0
     c3 = np.int64(text[size - 3]) if size > 2 else 0
@@ -109,41 +108,40 @@ def _contexts(out, ids, n, text, size, state, stack):
     out[2] = mix_hash(t1, t2)
     out[3] = mix_hash(out[2], t3)
     out[4] = mix_hash(out[3], t4)
-    out[5] = mix_hash(mix_hash(out[4], t5), t6)
-    out[6] = t2
-    out[7] = mix_hash(t2, t3)
-    out[8] = mix_hash(t1, t3)
-    out[9] = mix_hash(mix_hash(t2, t3), t4)
-    out[10] = c1
-    out[11] = c2 << 8 | c1
-    out[12] = c3 << 16 | c2 << 8 | c1
-    out[13] = c4 << 24 | out[12]
-    out[14] = mix_hash(mix_hash(out[13], c5), c6)
+    out[5] = t2
+    out[6] = mix_hash(t2, t3)
+    out[7] = mix_hash(t1, t3)
+    out[8] = c1
+    out[9] = c2 << 8 | c1
+    out[10] = c3 << 16 | c2 << 8 | c1
+    out[11] = c4 << 24 | out[10]
+    out[12] = mix_hash(mix_hash(out[11], c5), c6)
     word = state[WORD]
-    out[15] = mix_hash(word, c1)
-    out[16] = mix_hash(out[15], state[WORD1])
-    out[17] = mix_hash(out[16], state[WORD2])
-    out[18] = mix_hash(out[15], state[WORD2])
-    out[19] = mix_hash(t1, state[WORD1])
-    out[20] = mix_hash(mix_hash(word, state[PUNCT]), c1)
-    out[21] = mix_hash(state[CLASSES], c1 if word == 0 else 0)
+    out[13] = mix_hash(word, c1)
+    out[14] = mix_hash(out[13], state[WORD1])
+    out[15] = mix_hash(out[14], state[WORD2])
+    out[16] = mix_hash(out[13], state[WORD2])
+    out[17] = mix_hash(t1, state[WORD1])
+    out[18] = mix_hash(mix_hash(word, state[PUNCT]), c1)
+    out[19] = mix_hash(state[CLASSES], c1 if word == 0 else 0)
     column = size - state[LINE]
     at = state[ABOVE] + column
     above = np.int64(text[at]) if at < state[LINE] else 10
     next_above = np.int64(text[at + 1]) if at + 1 < state[LINE] else 10
-    out[22] = mix_hash(above << 8 | next_above, t1)
-    out[23] = mix_hash(mix_hash(word, state[FIRST]), state[INDENT])
-    out[24] = mix_hash(stack[state[DEPTH]], t1 | state[QUOTE] << 16)
-    out[25] = mix_hash(mix_hash(state[TAG], word), c1)
-    out[26] = mix_hash(mix_hash(word, state[FIELD]), min(column, 63) << 8 | above)
-    out[27] = mix_hash(mix_hash(stack[state[DEPTH]], word), c2 << 8 | c1)
+    out[20] = mix_hash(above << 8 | next_above, t1)
+    out[21] = mix_hash(mix_hash(word, state[FIRST]), state[INDENT])
+    out[22] = mix_hash(stack[state[DEPTH]], t1 | state[QUOTE] << 16)
+    out[23] = mix_hash(mix_hash(state[TAG], word), c1)
+    out[24] = mix_hash(mix_hash(word, state[FIELD]), min(column, 63) << 8 | above)
+    out[25] = mix_hash(mix_hash(stack[state[DEPTH]], word), c2 << 8 | c1)
 
 
 def _tail() -> np.ndarray:
     """256 ln(q / (1 - q)) for q = (i + 1/2) / 2^18, i < 1024: where STRETCH is too coarse."""
     with localcontext() as context:
         context.prec = 20
-        return np.array([int((256 * (Decimal(2 * i + 1) / ((1 << 19) - 2 * i - 1)).ln()).to_integral_value()) for i in range(1024)], np.int32)
+        odds = [Decimal(2 * i + 1) / ((1 << 19) - 2 * i - 1) for i in range(1024)]
+        return np.array([int((256 * o.ln()).to_integral_value()) for o in odds], np.int32)
 
 
 _TAIL = _tail()
@@ -180,6 +178,7 @@ def _code(
     inputs = np.zeros(width, np.int32)
     final = np.zeros(16, np.int32)
     hashes = np.zeros(CONTEXTS, np.int64)
+    nibble = np.zeros(contexts, np.int64)
     base = np.zeros(contexts, np.int64)
     first = np.zeros(contexts, np.int64)
     history_at = np.zeros(contexts, np.int64)
@@ -207,6 +206,10 @@ def _code(
         if starts[i + 1] - starts[i] == 1 and strings[starts[i]] == 10:
             previous = i
     for n in range(count):
+        _contexts(hashes, ids, n, text, filled, words, stack)
+        for i in range(contexts):
+            nibble[i] = mix_hash(hashes[plan[i]], plan[i] + 1)
+            fetch_bucket(table, nibble[i])  # comes while the model works
         if use_model:
             step(previous, net, state, work, sigmoid_curve)
             predict(n_out, head, bias, norm_bits, logits, cumulative, half_curve)
@@ -244,24 +247,23 @@ def _code(
             if match_len[m] > match_len[longest]:
                 longest = m
         length = match_len[longest] if matches > 0 else 0
-        _contexts(hashes, ids, n, text, filled, words, stack)
-        for i in range(contexts):
-            hashes[plan[i]] = mix_hash(hashes[plan[i]], plan[i] + 1)
         t1 = np.int64(ids[n - 1]) if n > 0 else 0
         t2 = np.int64(ids[n - 2]) if n > 1 else 0
         c1 = np.int64(text[filled - 1]) if filled > 0 else 0
         length_step = min(length, 15) if length < 16 else min(16 + ((length - 16) >> 3), 31)
         text_class = words[CLASSES] & 0xFF
+        early = (mixer_rate << 12) // (1024 + n)  # learn faster in the beginning
         token = np.int64(ids[n])
         node, low, span = np.int64(1), np.int64(0), np.int64(size)
         for level in range(depth):
             span >>= 1
             if level & 3 == 0:
+                if level > 0:
+                    for i in range(contexts):
+                        nibble[i] = mix_hash(mix_hash(hashes[plan[i]], plan[i] + 1), node)
+                        fetch_bucket(table, nibble[i])
                 for i in range(contexts):
-                    h = hashes[plan[i]]
-                    if level > 0:
-                        h = mix_hash(h, node)
-                    at = find_bucket(table, h)
+                    at = find_bucket(table, nibble[i])
                     base[i] = at
                     if level == 0:
                         first[i] = at
@@ -285,7 +287,7 @@ def _code(
                     history_at[i] = at
                     inputs[k + 1] = STRETCH[np.int64(histories[at]) >> 20] if use_histories else 0
                     inputs[k + 2] = (p - 131072) >> 9
-                    if i < 6:
+                    if i < 5:
                         seen += 1
                 run_at[i] = -1
                 inputs[k + 3] = 0
@@ -353,7 +355,7 @@ def _code(
             bit = code_bit(coder, stream, (token >> (depth - 1 - level)) & 1, p, decoding)
             # learn
             for j in range(sets):
-                mix_train(inputs, weights, set_at[j], width, bit, set_p[j], mixer_rate)
+                mix_train(inputs, weights, set_at[j], width, bit, set_p[j], mixer_rate + early)
             if sets > 1:
                 mix_train(final, final_weights, final_at, 16, bit, squash(s1), 40)
                 mix_train(final, final_weights, other_at, 16, bit, squash(s2), 40)
@@ -457,7 +459,7 @@ def _memory(options: TextOptions, model: Model, plan: np.ndarray, count: int) ->
     weights[inputs - 1] = 65536 * 2 // 10
     sets = _SETS if options.on("mixer sets") else 1
     return (
-        np.zeros(buckets * BUCKET, np.int32), primed_histories(contexts),
+        bucket_table(buckets), primed_histories(contexts),
         np.full(contexts << 9, np.uint32(3 << 30), np.uint32), np.full(MATCHES << 12, np.uint32(3 << 30), np.uint32),
         np.zeros(MATCHES << match_bits, np.int32), np.tile(weights, _SETS * _SET_SIZE),
         np.tile(np.array([65536 // sets] * sets + [0] * (16 - sets), np.int32), 1024),
