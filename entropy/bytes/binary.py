@@ -236,19 +236,35 @@ class Plan:
     pixels: bool = False
     matches: int = _MATCHES
     refine: bool = True
-    rate: int = 130
+    rate: int = 150
+    """Of the mixers in the end, in 1/65536."""
+    boost: int = 600
+    """So much faster are they at the beginning; it falls like 1024 / (1024 + n)."""
+    final_rate: int = 120
     slot_limit: int = 30
+    history_limit: int = 255
+    apm_limit: int = 500
+    start: int = 40000
+    """Sum of the first weights of one kind of input."""
+
+    def numbers(self) -> tuple[int, ...]:
+        """What ``code`` wants to know beside the contexts."""
+        return (
+            int(self.pixels), self.matches, int(self.refine), self.rate, self.boost, self.final_rate, self.slot_limit,
+            self.history_limit, self.apm_limit,
+        )  # fmt: skip
 
 
 @njit(cache=True, nogil=True)
 def code(
-    data, count, stream, decoding, plan, pixels, matches, refine, rate, slot_limit, stride, row,
+    data, count, stream, decoding, plan, numbers, stride, row,
     table, histories, runs, match_maps, match_table, weights, final_weights, apm0, apm1, apm2, pixel_slots, pixel_maps,
 ):  # fmt: skip
     """Code ``count`` bytes of ``data`` into ``stream``, or the other way; length of the stream, -1 when it is full.
 
     The arrays from ``table`` on are made by ``_memory`` and are used up.
     """
+    pixels, matches, refine, rate, boost, final_rate, slot_limit, history_limit, apm_limit = numbers
     contexts = len(plan)
     inputs_used = contexts * _INPUTS + _MATCHES * 2 + 1 + (PIXELS * 3 if pixels else 0)
     width = (inputs_used + 15) // 16 * 16
@@ -325,6 +341,7 @@ def code(
         phase = min(n % stride, 255)
         length_step = min(length, 15) if length < 16 else min(16 + ((length - 16) >> 3), 31)
         text_class = state[CLASSES] & 0xFF
+        now = rate + boost * 1024 // (1024 + n)
         byte = np.int64(data[n])
         node = 1
         for position in range(8):
@@ -439,22 +456,22 @@ def code(
             bit = code_bit(coder, stream, (byte >> (7 - position)) & 1, p, decoding)
             # learn
             for k in range(_SETS):
-                mix_train(inputs, weights, set_at[k], width, bit, set_p[k], rate)
-            mix_train(final, final_weights, final_at, 16, bit, p1, 40)
-            mix_train(final, final_weights, other_at, 16, bit, p2, 40)
+                mix_train(inputs, weights, set_at[k], width, bit, set_p[k], now)
+            mix_train(final, final_weights, final_at, 16, bit, p1, final_rate)
+            mix_train(final, final_weights, other_at, 16, bit, p2, final_rate)
             if refine:
-                apm_next(apm0, node, s, bit, 127)
-                apm_next(apm1, a1, s, bit, 127)
-                apm_next(apm2, a2, s, bit, 127)
+                apm_next(apm0, node, s, bit, apm_limit)
+                apm_next(apm1, a1, s, bit, apm_limit)
+                apm_next(apm2, a2, s, bit, apm_limit)
             for i in range(contexts):
                 at = base[i] + local
                 table[at] = slot_next(table[at], bit, slot_limit)
                 at = history_at[i]
                 if at >= 0:
-                    histories[at] = map_next(histories[at], bit, 255)
+                    histories[at] = map_next(histories[at], bit, history_limit)
                 at = run_at[i]
                 if at >= 0:
-                    runs[at] = map_next(runs[at], 1 if (run_byte[i] >> (7 - position)) & 1 == bit else 0, 255)
+                    runs[at] = map_next(runs[at], 1 if (run_byte[i] >> (7 - position)) & 1 == bit else 0, history_limit)
             for m in range(matches):
                 if match_at[m] >= 0:
                     match_maps[match_at[m]] = map_next(match_maps[match_at[m]], 1 if match_bit[m] == bit else 0, 1023)
@@ -523,7 +540,7 @@ def _memory(plan: Plan, count: int) -> tuple[np.ndarray, ...]:
     apm_bits = min(max(count, 1).bit_length(), 16)
     pixels = PIXELS if plan.pixels else 0
     weights = np.zeros(width, np.int32)
-    weights[:inputs] = 65536 * 4 // 10 // max(contexts, 1) * 4
+    weights[:inputs] = plan.start // max(contexts, 1)
     return (
         bucket_table(buckets), primed_histories(contexts),
         np.full(max(contexts, 1) << 8, np.uint32(3 << 30), np.uint32), np.full(_MATCHES << 11, np.uint32(3 << 30), np.uint32),
@@ -551,37 +568,36 @@ GENERAL, RECORDS, BITMAP, PICTURE, AUDIO, MACHINE = range(6)
 """Kinds of data. ``stride`` and ``row``: bytes of a record and of a line of records; row of a bitmap; bytes of a pixel and of a
 row of a picture; bytes of a sample of all channels, and of one channel's; 4 and anything for machine code."""
 
-_LADDER = {
-    1: (1, 2, 3, 4, 6),
-    2: (1, 2, 3, 4, 6, 8),
-    3: (1, 2, 3, 4, 5, 6, 8, 9),
-    4: (1, 2, 3, 4, 5, 6, 8, 9, 11, 12, 18),
-    5: (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 17, 18, 22, 25),
-}
-_TEXT = tuple(range(21))
-_SPARSE = tuple(range(21, 31))
-_RECORD = tuple(range(31, 43))
-_GRID = tuple(range(43, 50))
+# contexts by kind, the most useful first; an effort takes as many as _COUNTS says
+_ORDER = {
+    GENERAL: (
+        1, 2, 3, 4, 6, 8, 9, 5, 18, 12, 11, 22, 14, 7, 25, 17, 50, 10, 51, 0, 13, 15, 16, 19, 20, 27, 21, 28, 23, 24, 26, 29,
+        30,
+    ),
+    RECORDS: (
+        1, 2, 3, 4, 32, 35, 31, 6, 38, 22, 33, 50, 36, 41, 25, 37, 0, 34, 39, 42, 5, 51, 40, 27, 21, 28, 7, 23, 24, 26, 29, 30,
+    ),
+    BITMAP: (1, 2, 43, 44, 3, 32, 50, 4, 31, 6, 0, 33, 51, 46),
+    PICTURE: (43, 44, 45, 1, 2, 48, 47, 31, 32, 50, 46, 35, 3, 49, 40, 4, 33, 38, 51, 42, 41, 36),
+    AUDIO: (1, 2, 31, 32, 35, 33, 40, 43, 36, 3, 41, 42, 50, 34, 38, 4, 51, 44, 45),
+    MACHINE: (
+        1, 2, 3, 4, 6, 22, 25, 31, 32, 8, 5, 38, 50, 27, 35, 28, 0, 12, 26, 29, 30, 33, 21, 51, 41, 7, 36, 23, 24, 40, 39, 37,
+        34,
+    ),
+}  # fmt: skip
+_COUNTS = {1: 5, 2: 6, 3: 8, 4: 11, 5: 16, 6: 20, 7: 25, 8: 29, 9: 33}
 
 
 def plan_of(effort: int, kind: int) -> Plan:
     """The parts that an effort 1..9 runs on a kind of data."""
-    if effort <= 5:
-        contexts = _LADDER[effort]
-        if kind in (RECORDS, MACHINE):
-            contexts = tuple(sorted({*contexts, 22, 31, 32, 35, 38}))
-        elif kind in (BITMAP, PICTURE, AUDIO):
-            contexts = tuple(sorted({*contexts, 43, 44, 45}))
-    else:
-        contexts = tuple(range(52))
+    contexts = _ORDER[kind][: _COUNTS[effort]]
     return Plan(contexts, pixels=kind == BITMAP, matches=1 if effort < 4 else 2, refine=effort > 1)
 
 
 def _run(data: np.ndarray, stream: np.ndarray, decoding: bool, plan: Plan, stride: int, row: int) -> int:
     memory = _memory(plan, len(data))
     return code(
-        data, len(data), stream, decoding, np.array(plan.contexts, np.int64), plan.pixels, plan.matches, plan.refine,
-        plan.rate, plan.slot_limit, stride, row, *memory,
+        data, len(data), stream, decoding, np.array(plan.contexts, np.int64), plan.numbers(), stride, row, *memory,
     )  # fmt: skip
 
 
