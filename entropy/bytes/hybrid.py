@@ -19,7 +19,7 @@ import numpy as np
 from ...container.errors import CodecError, CorruptStream
 from ...container.format import read_varint, varint
 from . import blocks
-from .published import Settings, decode_symbol, encode_symbol, finish, look_up, mixture, start
+from .published import Settings, code_symbol, finish, look_up, mixture, start
 
 if TYPE_CHECKING:
     from .backends import Backend
@@ -175,7 +175,8 @@ def encode_text(backend: Backend, alphabet: Alphabet, settings: Settings, data: 
         if asked:
             logits, pending = session.logits(pending), []
         escaped = symbol < 0
-        encode_symbol(m, state, buffer, logits, asked, alphabet.escape if escaped else symbol, -1 - symbol if escaped else 0)
+        what, byte = (alphabet.escape, -1 - symbol) if escaped else (symbol, 0)
+        code_symbol(m, state, buffer, logits, asked, what, byte, False)
         if not escaped:
             pending.append(int(alphabet.ids[symbol]))
         done += 1 if escaped else len(alphabet.pieces[symbol])
@@ -205,7 +206,7 @@ def decode_text(
         asked = not look_up(m)
         if asked:
             logits, pending = session.logits(pending), []
-        symbol, byte = decode_symbol(m, state, buffer, logits, asked)
+        symbol, byte = code_symbol(m, state, buffer, logits, asked, 0, 0, True)
         if symbol == alphabet.escape:
             parts.append(bytes([byte]))
         else:

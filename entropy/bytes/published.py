@@ -630,24 +630,15 @@ def finish(state, buffer):
 
 
 @njit(cache=True, nogil=True)
-def encode_symbol(m, state, buffer, logits, asked, symbol, byte):
-    """Code a symbol, with the byte behind an escape."""
+def code_symbol(m, state, buffer, logits, asked, symbol, byte, decoding):
+    """Code a symbol, with the byte behind an escape, or find them when ``decoding``; (symbol, byte)."""
     set_cdf(m, logits, asked)
-    _narrow(state, buffer, m.cdf[symbol], m.cdf[symbol + 1], BITS, False)
+    if decoding:
+        symbol = np.int64(np.searchsorted(m.cdf, _target(state, BITS), side="right")) - 1
+    _narrow(state, buffer, m.cdf[symbol], m.cdf[symbol + 1], BITS, decoding)
     if symbol == m.options[_SYMBOLS] - 1:
-        _narrow(state, buffer, byte, byte + 1, 8, False)
-    learn(m, symbol, asked)
-
-
-@njit(cache=True, nogil=True)
-def decode_symbol(m, state, buffer, logits, asked):
-    """(symbol, byte): the inverse. The byte is 0 without an escape."""
-    set_cdf(m, logits, asked)
-    symbol = np.searchsorted(m.cdf, _target(state, BITS), side="right") - 1
-    _narrow(state, buffer, m.cdf[symbol], m.cdf[symbol + 1], BITS, True)
-    byte = np.int64(0)
-    if symbol == m.options[_SYMBOLS] - 1:
-        byte = _target(state, 8)
-        _narrow(state, buffer, byte, byte + 1, 8, True)
+        if decoding:
+            byte = _target(state, 8)
+        _narrow(state, buffer, byte, byte + 1, 8, decoding)
     learn(m, symbol, asked)
     return symbol, byte
