@@ -55,6 +55,8 @@ KEY = "neuralcodec"
 VERSION = 1
 TIME_CHUNK = 8192
 """Steps in a chunk of a time coordinate or another small variable along time."""
+CONNECT_S = 15
+"""Seconds to wait for a scheduler."""
 WINDOW = 4
 """Tasks under way for each thread or worker: enough to keep it busy, few enough to stop quickly."""
 _PARTIAL = ".partial"
@@ -527,7 +529,7 @@ def cluster_runner(address: str) -> Runner:
         except ImportError:
             raise UsageError("--scheduler needs the package distributed: pip install 'neuralcodec[climate]'") from None
         try:
-            client = Client(address, timeout=20)
+            client = Client(address, timeout=CONNECT_S)
         except (OSError, TimeoutError) as error:
             raise CodecError(f"--scheduler {address}: no scheduler answers there ({error})") from None
         with client:

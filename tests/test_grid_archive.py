@@ -16,6 +16,7 @@ import pytest
 import xarray
 from grids import field, write
 from neuralcodec.cli import main
+from neuralcodec.codecs import grid_archive
 from neuralcodec.codecs.grid_archive import Archive, chunk_path, encode_archive, is_archive, local_runner, run_task
 from neuralcodec.codecs.grid_bounds import parse_bounds
 from neuralcodec.codecs.grid_file import decode_grid
@@ -137,8 +138,8 @@ def test_packing_that_changes_from_file_to_file(tmp_path, capsys):
 
 
 def test_reading_is_lazy(tmp_path, monkeypatch):
-    files = parts(tmp_path, 1, times=100, rows=37, columns=72)
-    encode_archive(files, str(tmp_path / "a.zarr"), BOUNDS)
+    files = parts(tmp_path, 1, times=100, rows=25, columns=48)
+    encode_archive(files, str(tmp_path / "a.zarr"), parse_bounds("t=0.0005K"))
     total = sum(p.stat().st_size for p in (tmp_path / "a.zarr").rglob("*") if p.is_file())
     from zarr.storage import LocalStore
 
@@ -155,7 +156,7 @@ def test_reading_is_lazy(tmp_path, monkeypatch):
         values = data.t.isel(time=50).values
     assert 0 < taken[0] < 0.05 * total
     with open_grid(files[0]) as source:
-        assert np.abs(source.read("t")[50] - values).max() <= 0.05
+        assert np.abs(source.read("t")[50] - values).max() <= 0.0005
 
 
 def test_damage_is_named_and_the_rest_is_read(tmp_path, capsys):
@@ -213,8 +214,8 @@ def test_interrupted_runs_are_finished(tmp_path):
     check(Path(store), files)
 
 
-def test_killed_process_goes_on(tmp_path, monkeypatch):
-    files, store = parts(tmp_path, 1, times=60, rows=73, columns=144), tmp_path / "a.zarr"
+def test_killed_process_goes_on(tmp_path):
+    files, store = parts(tmp_path, 1, times=30, rows=37, columns=72), tmp_path / "a.zarr"
     call = [sys.executable, "-m", "neuralcodec", "encode", files[0], "-o", str(store), "--max-error", "t=0.05K,u=0.1m/s",
             "--chunk-times", "1", "--threads", "1"]  # fmt: skip
     process = subprocess.Popen(call)
@@ -224,10 +225,10 @@ def test_killed_process_goes_on(tmp_path, monkeypatch):
     process.send_signal(signal.SIGKILL)
     process.wait()
     made = len(list(store.glob("[tu]/c/*/0/0/0")))
-    assert 5 <= made < 120
+    assert 5 <= made < 60
     result = subprocess.run([*call, "--json"], capture_output=True, text=True, check=True)
     row = json.loads(result.stdout)
-    assert row["resumed_chunks"] >= made - 1 and row["chunks"] + row["resumed_chunks"] == 120 and row["times"] == 60
+    assert row["resumed_chunks"] >= made - 1 and row["chunks"] + row["resumed_chunks"] == 60 and row["times"] == 30
     assert main(["test", str(store)]) == 0
     check(store, files)
 
@@ -255,7 +256,8 @@ def test_files_that_do_not_belong_together(tmp_path, change, message):
     assert not (tmp_path / "a.zarr").exists()
 
 
-def test_what_is_in_the_way_stays(tmp_path, capsys):
+def test_what_is_in_the_way_stays(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(grid_archive, "CONNECT_S", 1)
     files = parts(tmp_path, 1)
     (tmp_path / "a.zarr").mkdir()
     (tmp_path / "a.zarr" / "precious").write_text("x")
