@@ -138,7 +138,7 @@ def test_packing_that_changes_from_file_to_file(tmp_path, capsys):
 
 
 def test_reading_is_lazy(tmp_path, monkeypatch):
-    files = parts(tmp_path, 1, times=100, rows=25, columns=48)
+    files = parts(tmp_path, 1, times=100, rows=37, columns=72)
     encode_archive(files, str(tmp_path / "a.zarr"), parse_bounds("t=0.0005K"))
     total = sum(p.stat().st_size for p in (tmp_path / "a.zarr").rglob("*") if p.is_file())
     from zarr.storage import LocalStore
