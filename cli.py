@@ -677,10 +677,12 @@ def models(args: argparse.Namespace) -> int:
         work = f"{macs['g_a'] + macs['entropy']:.1f} / {macs['g_s'] + macs['entropy']:.1f}" if macs else "-"
         bd = card.get("measured", {}).get("kodak", {}).get("bd_rate_vtm")
         name = f"{card['codec']}:{card['preset']}"
-        mark = " *" if name == registry.default("image") else ""
+        mark = " *" if name in map(registry.default, ("image", "bytes")) else ""
+        rate = ("not measured" if macs else "-") if bd is None else f"{bd:+.1f} %"
         print(f"{name + mark:<22}{card['model_id']:<18}{card['parameters']:>12,}{work:>18}"
-              f"{('not measured' if macs else '-') if bd is None else f'{bd:+.1f} %':>22}  {os.path.basename(card['file'])}")  # fmt: skip
+              f"{rate:>22}  {os.path.basename(card['file'])}")  # fmt: skip
     print("\n* used when no model is asked for. More weights: folders in NEURALCODEC_WEIGHTS.")
+    print("Without weights: nacrith:cm codes any file by context mixing alone.")
     return 0
 
 
@@ -736,12 +738,15 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def bench(args: argparse.Namespace) -> int:
+    args.repeats = args.repeats or (1 if args.what == "bytes" else 7)
     if args.what == "coder":
         from .eval.bench_coder import main as run
     elif args.what == "curves":
         from .eval.bench_curves import main as run
     elif args.what == "grid":
         from .eval.bench_grid import main as run
+    elif args.what == "bytes":
+        from .eval.bench_bytes import main as run
     else:
         from .eval.bench_image import main as run
     return run(args)
@@ -911,12 +916,15 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 
     text = "Measure speed, beside peers in the same process."
     p = verb("bench", "measure speed", text, bench)
-    text = "coder: the entropy coder; image: whole pictures; curves: time and memory against size and threads; grid: fields"
-    p.add_argument("what", choices=("coder", "image", "curves", "grid"), help=text)
-    p.add_argument("files", nargs="*", metavar="FILE", help="pictures (default: a bundled photograph), or fields for grid")
+    text = "coder: the entropy coder; image: whole pictures; curves: time and memory against size and threads; grid: fields; "\
+           "bytes: any files"
+    p.add_argument("what", choices=("coder", "image", "curves", "grid", "bytes"), help=text)
+    p.add_argument("files", nargs="*", metavar="FILE", help="pictures (default: a bundled photograph), fields, any files")
     p.add_argument("--max-error", metavar="VAR=TOL,...", help="bounds for grid, as those of codec encode")
     _model(p)
-    p.add_argument("--repeats", type=count_of(1), default=7, metavar="N", help="the median of so many runs (default 7)")
+    p.add_argument("--repeats", type=count_of(1), metavar="N", help="the median of so many runs (default 7; bytes 1)")
+    p.add_argument("-e", "--effort", type=int, choices=range(1, 10), default=5, metavar="1..9", help="for bytes (default 5)")
+    p.add_argument("--ablate", action="store_true", help="for bytes: also the sizes without each part of the coder")
     p.add_argument("--threads", type=count_of(1), metavar="N", help="threads (default: all cores)")
     p.add_argument("--json", action="store_true", help="the figures as JSON on stdout")
     curves_arguments(p.add_argument_group("curves"))

@@ -34,7 +34,7 @@ from ..datasets.registry import Dataset, DatasetError, check_bytes, check_pixels
 from .bdrate import METHODS, anchor_names, bd_psnr, bd_rate, load_anchor
 from .kinds import KINDS, SET_METRICS, Item, Kind
 from .peers import is_peer, peer
-from .subject import Ours, Subject
+from .subject import Ours, OursBytes, Subject
 
 QUALITIES = (0.0, 12.0, 25.0, 40.0, 55.0, 70.0, 85.0, 100.0)
 DEFAULT_ANCHORS = ("vtm", "mlicpp")  # published curves taken when nobody asks for another, the first that there is
@@ -53,8 +53,10 @@ def make(name: str, qualities: Sequence[float] = QUALITIES, kind: str = "image")
 
         if name == OursGrid.name:
             return OursGrid()
+    if kind == OursBytes.kind:
+        return OursBytes(name)
     if kind != Ours.kind:
-        here = "our own models are measured on pictures only, grid:exact on fields"
+        here = "our own models are measured on pictures and bytes, grid:exact on fields"
         raise UsageError(f"{name} is no peer for {kind}; {here}")
     return Ours(name, qualities)
 

@@ -148,3 +148,30 @@ class Ours(Subject):
         estimated = _Estimated(self.codec)
         encode_picture(estimated, Picture(sample), level_of(setting))  # the tiles of ``encode``
         return estimated.bits
+
+
+class OursBytes(Subject):
+    """Our lossless codec, ``nacrith:preset``; settings are efforts 1..9."""
+
+    ours, kind, settings = True, "bytes", (1, 5, 9)
+
+    def __init__(self, model: str):
+        from .. import __version__
+        from ..codecs import registry
+
+        self.codec: Any = registry.load(*registry.split(model))
+        if self.codec.kind != self.kind:
+            raise UsageError(f"{model} codes {self.codec.kind}, not bytes")
+        self.name = f"{self.codec.name}:{self.codec.preset}"
+        self.describe = f"model {self.codec.model_id.hex() or 'none'}; the setting is the effort"
+        self.identity = f"{self.codec.model_id.hex()} {__version__}"
+
+    def encode(self, sample: bytes, setting: float) -> bytes:
+        from ..codecs.bytefile import encode_bytes
+
+        return encode_bytes(self.codec, sample, int(setting))
+
+    def decode(self, data: bytes) -> bytes:
+        from ..codecs.bytefile import decode_bytes
+
+        return decode_bytes(data)

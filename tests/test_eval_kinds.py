@@ -252,7 +252,7 @@ def test_eval_of_fields(tmp_path, capsys):
     point = result["points"][0]
     assert point["name"] == "x.nc:t" and point["bits_per_value"] == point["bytes"] * 8 / field().size
     assert point["max_error"] <= point["setting"] * np.ptp(field()) * 1.001
-    with pytest.raises(UsageError, match="our own models are measured on pictures only, grid:exact on fields"):
+    with pytest.raises(UsageError, match="our own models are measured on pictures and bytes, grid:exact on fields"):
         run.make("hyperprior:test", kind="grid")
 
 
