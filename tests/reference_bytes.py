@@ -1,7 +1,7 @@
-"""A second decoder of blocks of text, in plain Python and NumPy: slow, short, and sharing nothing with the first but the weights.
+"""A second decoder of blocks of text, in plain Python and NumPy: slow, short, sharing nothing with the first but the weights.
 
-``decode(code, length, tensors, config, strings)`` takes what ``entropy/bytes/text.py`` has written with the default options. All
-numbers are Python integers (or int64 arrays): nothing here is compiled, nothing overflows unless it says so.
+``decode(code, length, tensors, config, strings)`` takes what ``entropy/bytes/text.py`` has written with the default options.
+All numbers are Python integers (or int64 arrays): nothing here is compiled, nothing overflows unless it says so.
 """
 
 from __future__ import annotations
@@ -284,7 +284,8 @@ def contexts(ids, text, w):
         0, t1, h2, h3, mix_hash(h3, t4), t2, mix_hash(t2, t3), mix_hash(t1, t3),
         c1, b4 & 0xFFFF, b4 & 0xFFFFFF, b4, mix_hash(mix_hash(b4, c5), c6),
         w1, w2, mix_hash(w2, w.word2), mix_hash(w1, w.word2), mix_hash(t1, w.word1), mix_hash(mix_hash(w.word, w.punct), c1),
-        mix_hash(w.classes, 0 if w.word else c1), mix_hash(above << 8 | after, t1), mix_hash(mix_hash(w.word, w.first), w.indent),
+        mix_hash(w.classes, 0 if w.word else c1), mix_hash(above << 8 | after, t1),
+        mix_hash(mix_hash(w.word, w.first), w.indent),
         mix_hash(top, t1 | w.quote << 16), mix_hash(mix_hash(tag, w.word), c1),
         mix_hash(mix_hash(w.word, w.field), min(column, 63) << 8 | above), mix_hash(mix_hash(top, w.word), c2 << 8 | c1),
     ]  # fmt: skip
@@ -322,7 +323,7 @@ class Match:
 
 
 def decode_tokens(coder, count, tensors, config, strings, text):
-    """``count`` token ids; ``text`` (bytearray) gets their bytes. Options: all components, rates 66, 1300, 200, slots 30, 2^21."""
+    """``count`` token ids; ``text`` (bytearray) gets their bytes. All components, rates 66, 1300, 200, slots 30, 2^21."""
     size, plan = len(strings), 26
     depth = size.bit_length() - 1
     net = Network(tensors, config)

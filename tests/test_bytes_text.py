@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from dataclasses import asdict
@@ -13,7 +14,6 @@ import pytest
 import reference_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from neuralcodec.codecs.registry import weights_path
 from neuralcodec.container.errors import CorruptStream, ModelMismatch, ModelMissing
 from neuralcodec.entropy.bytes.language import Model, Predictor
@@ -48,8 +48,9 @@ def wrapped(text: str, width: int) -> bytes:
 # --- transforms and tokens --------------------------------------------------------------------------------------------
 
 pieces = st.lists(
-    st.sampled_from([b" ", b"  ", b"\n", b"\r\n", b"\r", b"\t", b"A", b"I", b"The", b"THE", b"iPhone", b"McX", b"\x01", b"\x02", b"\x03",
-                     b"<|endoftext|>", b"\x00", b"\x13", b"\xff\xfe", "é—“".encode(), b"1999", b"don't", b"a", b".", b'"', b"and the "]),
+    st.sampled_from([b" ", b"  ", b"\n", b"\r\n", b"\r", b"\t", b"A", b"I", b"The", b"THE", b"iPhone", b"McX", b"\x01", b"\x02",
+                     b"\x03", b"<|endoftext|>", b"\x00", b"\x13", b"\xff\xfe", "é—“".encode(), b"1999", b"don't", b"a", b".",
+                     b'"', b"and the "]),
     max_size=40,
 ).map(b"".join)  # fmt: skip
 anything = st.one_of(pieces, st.binary(max_size=200), st.text(max_size=80).map(lambda s: s.encode("utf-8", "surrogatepass")))
@@ -57,8 +58,7 @@ anything = st.one_of(pieces, st.binary(max_size=200), st.text(max_size=80).map(l
 
 @settings(max_examples=400, deadline=None)
 @given(anything)
-def test_capitals_and_tokens_come_back(data):
-    model = Model.load(weights_path("nacrith", "test"))
+def test_capitals_and_tokens_come_back(model, data):
     assert restore_capitals(flag_capitals(data)) == data
     ids = model.tokens.encode(data)
     assert model.tokens.decode(ids) == data
@@ -85,8 +85,9 @@ def test_soft_line_ends_are_found():
     margin = best_margin(text)
     assert 40 < margin <= 60
     assert join_lines(text, margin) >= lines - 2
-    verse = np.frombuffer(b"\n".join(b"line number %d of it" % (i * i) for i in range(99)), np.uint8).copy()
-    assert best_margin(verse) == WIDEST
+    rng = random.Random(1)
+    lines = (" ".join("w" * rng.randint(1, 9) for _ in range(rng.randint(2, 12))) for _ in range(99))
+    assert best_margin(np.frombuffer("\n".join(lines).encode(), np.uint8).copy()) == WIDEST
 
 
 # --- round trips ------------------------------------------------------------------------------------------------------
@@ -108,7 +109,8 @@ def test_round_trip_many(model, data):
 
 @pytest.mark.parametrize("data", [
     b"", b"a", b"\n", bytes(range(256)), bytes(range(255, -1, -1)) * 3, b"\r\n" * 50, b"\n\r" * 9, b"a\r\nb\nc\r", b" " * 3000,
-    b"word " * 2000, b"x" * 20_000, SAMPLE, wrapped(PROSE, 72), wrapped(PROSE, 72).replace(b"\n", b"\r\n"), wrapped(PROSE, 50).upper(),
+    b"word " * 2000, b"x" * 20_000, SAMPLE, wrapped(PROSE, 72), wrapped(PROSE, 72).replace(b"\n", b"\r\n"),
+    wrapped(PROSE, 50).upper(),
     PROSE.encode("utf-16"), np.random.default_rng(0).bytes(5000), b"\x01\x02\x03" * 100, ("<|endoftext|>" * 9).encode(),
 ], ids=range(19))  # fmt: skip
 def test_round_trip_of_the_odd(model, data):
@@ -173,13 +175,13 @@ print(hashlib.sha256(codes[0]).hexdigest())
 
 
 @pytest.mark.parametrize("setting", [{"NUMBA_NUM_THREADS": "2"}, {"NUMBA_CPU_NAME": "generic"}], ids=["threads", "generic"])
-def test_the_same_code_on_other_machines(model, setting, tmp_path):
-    """Two threads at once; and a processor without vector instructions (compiled anew into a cache of its own)."""
+def test_the_same_code_on_other_machines(model, setting):
+    """Two threads at once; and a processor without vector instructions."""
     import hashlib
 
     data = wrapped(PROSE, 72)
-    environment = os.environ | setting | ({"NUMBA_CACHE_DIR": str(tmp_path)} if "NUMBA_CPU_NAME" in setting else {})
-    done = subprocess.run([sys.executable, "-c", _ELSEWHERE], input=data, capture_output=True, env=environment, check=True)
+    command = [sys.executable, "-c", _ELSEWHERE]
+    done = subprocess.run(command, input=data, capture_output=True, env=os.environ | setting, check=True)
     assert done.stdout.decode().strip() == hashlib.sha256(encode_text(data, model)).hexdigest()
 
 
@@ -212,7 +214,7 @@ def test_weights_that_are_not_there_or_not_right(model, tmp_path):
         Model.load(tmp_path / "none.safetensors")
     path = tmp_path / "model.safetensors"
     data = bytearray(Path(weights_path("nacrith", "test")).read_bytes())
-    data[-1] ^= 1
+    data[len(data) // 2] ^= 1
     path.write_bytes(data)
     with pytest.raises(ModelMismatch, match="damaged"):
         Model.load(path)

@@ -4,7 +4,7 @@
     codec freeze runs/language/last.pt --codec nacrith:light -o weights/
 
 ``--data`` is a folder of ``*.txt`` or ``*.txt.xz``. The text is brought into the form that the coder gives the model (see
-``entropy/bytes/transform.py``), a vocabulary is learnt from it, and each file becomes one array of tokens; all of it is kept in OUT.
+``entropy/bytes/transform.py``), a vocabulary is learnt from it, and each file becomes one array of tokens; all is kept in OUT.
 A row of the batch reads on for some batches with its recurrent state (truncated back-propagation through time).
 The recurrence runs in numba, forward and backward; everything else is plain torch, bfloat16 inside of the matrix products.
 """
@@ -94,7 +94,8 @@ def prepare(folder: Path, out: Path, recipe: Recipe) -> tuple[Tokens, dict[str, 
     """Vocabulary and token arrays of a data folder; made once, then kept in ``out``."""
     cache = out / "tokens.npz"
     if not cache.exists():
-        texts = {name: as_the_model_sees_it(name, data, recipe.seed) for name, data in read_texts(folder, recipe.bytes_per_file).items()}
+        texts = read_texts(folder, recipe.bytes_per_file)
+        texts = {name: as_the_model_sees_it(name, data, recipe.seed) for name, data in texts.items()}
         counts: Counter[bytes] = Counter()
         for name, data in texts.items():
             weight = recipe.mix.get(name, 0.0)
@@ -124,8 +125,8 @@ def held_out(arrays: dict[str, np.ndarray], recipe: Recipe) -> dict[str, np.ndar
 class Reader:
     """Batches (B, T+1) of tokens from files mixed by weight.
 
-    A row reads on where it stopped for ``stay`` batches, then it goes to a random place. Rows that stayed with their novel would
-    have the network learn that novel, not the language: its loss there falls, and elsewhere it does not.
+    A row reads on where it stopped for ``stay`` batches, then it goes to a random place. Rows that stayed with their novel
+    would have the network learn that novel, not the language: its loss there falls, and elsewhere it does not.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray], mix: dict[str, float], batch: int, stay: int, seed: int):
@@ -393,7 +394,8 @@ def train(data: Path, recipe: Recipe, out: Path, *, resume: bool = False, checkp
                 group["peak"] = peak
         step, spent, seen = kept["step"], kept["seconds"], kept["seen"]
     held = held_out(arrays, recipe)
-    reader = Reader({name: ids[: len(ids) - len(held[name])] for name, ids in arrays.items()}, recipe.mix, recipe.batch, recipe.stay, recipe.seed + step)
+    learnt = {name: ids[: len(ids) - len(held[name])] for name, ids in arrays.items()}
+    reader = Reader(learnt, recipe.mix, recipe.batch, recipe.stay, recipe.seed + step)
     state = model.start(recipe.batch)
     started, window, last_saved = time.monotonic() - spent, [], time.monotonic()
     window_start, log = time.monotonic(), (out / "log.jsonl").open("a")
@@ -405,9 +407,11 @@ def train(data: Path, recipe: Recipe, out: Path, *, resume: bool = False, checkp
 
     def checkpoint() -> None:
         seconds = time.monotonic() - started
-        save(out / "last.pt", {"model": model.state_dict(), "optimisers": [o.state_dict() for o in opts], "step": step, "seen": seen,
-                               "seconds": seconds, "recipe": asdict(recipe), "shape": asdict(model.shape)})  # fmt: skip
-        write({"step": step, "minutes": seconds / 60, "tokens": seen, **{f"held_{k}": v for k, v in validate(model, held, tokens).items()}})
+        save(out / "last.pt", {"model": model.state_dict(), "optimisers": [o.state_dict() for o in opts], "step": step,
+                               "seen": seen, "seconds": seconds, "recipe": asdict(recipe),
+                               "shape": asdict(model.shape)})  # fmt: skip
+        figures = {f"held_{k}": v for k, v in validate(model, held, tokens).items()}
+        write({"step": step, "minutes": seconds / 60, "tokens": seen, **figures})
 
     while (done := max(step / recipe.steps, (time.monotonic() - started) / 60 / recipe.minutes)) < 1:
         for opt in opts:
@@ -436,8 +440,9 @@ def train(data: Path, recipe: Recipe, out: Path, *, resume: bool = False, checkp
         window.append(float(loss.detach()))
         if step % log_every == 0:
             now = time.monotonic()
+            speed = len(window) * recipe.batch * recipe.length / (now - window_start)
             write({"step": step, "minutes": (now - started) / 60, "loss": sum(window) / len(window), "norm": float(norm),
-                   "rate": recipe.rate(step, done), "tokens_per_s": len(window) * recipe.batch * recipe.length / (now - window_start)})  # fmt: skip
+                   "rate": recipe.rate(step, done), "tokens_per_s": speed})  # fmt: skip
             window, window_start = [], now
         if time.monotonic() - last_saved > checkpoint_minutes * 60:
             checkpoint()
@@ -473,8 +478,12 @@ def quantise(model: LanguageModel, tokens: Tokens, sample: np.ndarray, levels: i
     for block, (gated, squared) in zip(model.blocks, peaks):
         gated_bits.append(min(14, math.floor(math.log2(32767 / (2 * gated)))))
         squared_bits.append(min(14, math.floor(math.log2(SQUARED_LIMIT / (2 * squared)))))
-        matrices = {"gates": (block.gates, GATE_BITS - norm_bits, 32768 * 2**0.5), "project": (block.project, X_BITS - gated_bits[-1], None),
-                    "up": (block.up, GATE_BITS - norm_bits, 32768), "down": (block.down, X_BITS - squared_bits[-1], None)}  # fmt: skip
+        matrices = {
+            "gates": (block.gates, GATE_BITS - norm_bits, 32768 * 2**0.5),
+            "project": (block.project, X_BITS - gated_bits[-1], None),
+            "up": (block.up, GATE_BITS - norm_bits, 32768),
+            "down": (block.down, X_BITS - squared_bits[-1], None),
+        }  # fmt: skip
         row_shifts = []
         for name, (layer, exponent, length) in matrices.items():
             rows, multipliers, shift = _rows(layer.weight, exponent, levels)
@@ -494,7 +503,8 @@ def quantise(model: LanguageModel, tokens: Tokens, sample: np.ndarray, levels: i
     fixed = model.embedding.weight * 2**12, model.head.weight * 2**HEAD_BITS
     tensors["embedding"], tensors["head"] = (t.round().clamp(-32767, 32767).to(torch.int16).numpy() for t in fixed)
     tensors["bias"] = (model.bias.double() * 2**MASTER_BITS).round().to(torch.int32).numpy()
-    config = Config(shape.vocabulary, shape.width, shape.blocks, shape.hidden, norm_bits, tuple(gated_bits), tuple(squared_bits), tuple(shifts))
+    config = Config(**asdict(shape), norm_bits=norm_bits, gated_bits=tuple(gated_bits), squared_bits=tuple(squared_bits),
+                    shifts=tuple(shifts))  # fmt: skip
     return Model(config, tokens, tensors)
 
 

@@ -69,7 +69,7 @@ def shared_runs(measured: dict[str, bytes], training: dict[str, bytes], examples
     result = {}
     for name, h in own.items():
         union = np.logical_or.reduce([*found[name].values(), np.zeros(len(h), bool)])
-        places = first[name][union][:examples]
+        places = np.sort(first[name][union])[:examples]
         result[name] = {
             "runs": len(h),
             "shared": {file: int(mask.sum()) for file, mask in found[name].items()},

@@ -164,7 +164,7 @@ def step(token, net, state, work, sigmoid_curve):
 
 @njit(cache=True)
 def predict(n, head, bias, norm_bits, logits, cumulative, half_curve):
-    """Counts of all tokens from the output n (D,): cumulative (V+1,) int64, cumulative[0] = 0. Every count is at least FLOOR."""
+    """Counts of all tokens, at least FLOOR, from the output n (D,): cumulative (V+1,) int64, cumulative[0] = 0."""
     matvec(head, n, logits)
     size = len(logits)
     best = np.int32(-(1 << 31) + 1)
@@ -185,7 +185,7 @@ def predict(n, head, bias, norm_bits, logits, cumulative, half_curve):
 
 @njit(cache=True)
 def adapt(token, n, cumulative, head, bias, master, rate, bias_rate, norm_bits):
-    """The head after ``token``: rates in 1/65536. Rows whose probability is below about 1e-4 stay."""
+    """The head after ``token``: rates in 1/65536. Rows of other tokens below 1/1000 stay as they are."""
     size, width = master.shape
     total = cumulative[size]
     least = total // 1000
@@ -283,7 +283,8 @@ class Model:
         """Write the weights file."""
         from safetensors.numpy import save_file
 
-        metadata = {"codec": self.name, "preset": preset, "model_id": self.model_id.hex(), "config": json.dumps(asdict(self.config))}
+        config = json.dumps(asdict(self.config))
+        metadata = {"codec": self.name, "preset": preset, "model_id": self.model_id.hex(), "config": config}
         save_file({k: np.ascontiguousarray(v) for k, v in self.stored().items()}, path, metadata=metadata)
 
     @classmethod
@@ -356,9 +357,9 @@ class Predictor:
     def advance(self, token: int) -> None:
         """Run the network over ``token`` and predict, without learning."""
         sigmoid_curve, half_curve = curves()
-        norm_bits = self.model.config.norm_bits
         step(token, self.model.net, self._state, self._work, sigmoid_curve)
-        predict(self._work[0][: self.model.config.width], self._head, self._bias, norm_bits, self._logits, self.cumulative, half_curve)
+        n, norm_bits = self._work[0][: self.model.config.width], self.model.config.norm_bits
+        predict(n, self._head, self._bias, norm_bits, self._logits, self.cumulative, half_curve)
         self._started = True
 
     def update(self, token: int) -> None:
@@ -366,6 +367,6 @@ class Predictor:
         if not self._started:
             self.counts()
         if self.rate:
-            n = self._work[0][: self.model.config.width]
-            adapt(token, n, self.cumulative, self._head, self._bias, self._master, self.rate, self.bias_rate, self.model.config.norm_bits)
+            n, norm_bits = self._work[0][: self.model.config.width], self.model.config.norm_bits
+            adapt(token, n, self.cumulative, self._head, self._bias, self._master, self.rate, self.bias_rate, norm_bits)
         self.advance(token)

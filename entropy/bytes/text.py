@@ -1,9 +1,9 @@
 """Text with the language model: token by token, each token as binary decisions down the tree of sorted ids.
 
     bytes -> line ends, capitals (transform) -> tokens -> for each token:
-        language model -> counts of all tokens -> probability of every node of the tree -+
-        tokens, bytes, words, lines, brackets so far -> slots, histories, runs ----------+-> mixers -> mixer -> refinement -> coder
-        two match models over tokens ----------------------------------------------------+
+        language model -> counts of all tokens -> probability of every node -+
+        tokens, bytes, words, lines, brackets -> slots, histories, runs -----+-> mixers -> mixer -> refinement -> coder
+        two match models over tokens ----------------------------------------+
     then, all words being known, which spaces were line ends
 
 ``_code`` is the coder of tokens, both ways: one function, so that the model of the decoder cannot differ from the encoder's.
@@ -21,15 +21,49 @@ from numba import njit
 from ...container.errors import CorruptStream
 from ...container.format import read_varint, varint
 from .binary import (
-    ABOVE, CLASSES, DEPTH, FIELD, FIRST, INDENT, LINE, PUNCT, QUOTE, STACK, STATE, TAG, WORD, WORD1, WORD2, learn_text, primed_histories,
-)  # fmt: skip
+    ABOVE,
+    CLASSES,
+    DEPTH,
+    FIELD,
+    FIRST,
+    INDENT,
+    LINE,
+    PUNCT,
+    QUOTE,
+    STACK,
+    STATE,
+    TAG,
+    WORD,
+    WORD1,
+    WORD2,
+    learn_text,
+    primed_histories,
+)
 from .framing import TEXT
 from .language import Model, adapt, curves, predict, step
 from .mixing import (
-    CLAMP, MAP_START, STRETCH, apm_next, apm_p16, apm_table, bucket_table, code_bit, coder_finish, coder_start, fetch_bucket,
-    find_bucket, map_next, map_p16,
-    mix_dot, mix_hash, mix_train, slot_next, slot_p18, squash, stretch,
-)  # fmt: skip
+    CLAMP,
+    MAP_START,
+    STRETCH,
+    apm_next,
+    apm_p16,
+    apm_table,
+    bucket_table,
+    code_bit,
+    coder_finish,
+    coder_start,
+    fetch_bucket,
+    find_bucket,
+    map_next,
+    map_p16,
+    mix_dot,
+    mix_hash,
+    mix_train,
+    slot_next,
+    slot_p18,
+    squash,
+    stretch,
+)
 from .transform import WIDEST, best_margin, flag_capitals, join_lines, reach, restore_capitals
 
 CONTEXTS = 26
@@ -166,8 +200,8 @@ def _code(
 ):  # fmt: skip
     """Code ``count`` tokens; bytes of text they make, -1 when the stream is full, -2 when the text outgrows ``room``.
 
-    ``flags``: language model, its adaptation, match models, runs, histories, mixer sets, refinement. ``rates``: head, bias, mixer,
-    slots. The arrays from ``state`` on are used up.
+    ``flags``: language model, its adaptation, match models, runs, histories, mixer sets, refinement. ``rates``: head, bias,
+    mixer, slots. The arrays from ``state`` on are used up.
     """
     use_model, use_adapt, matches, use_runs, use_histories = flags[0], flags[1], flags[2] * MATCHES, flags[3], flags[4]
     sets = _SETS if flags[5] else 1
@@ -403,7 +437,7 @@ def _code(
 
 @njit(cache=True, nogil=True)
 def _code_breaks(text, margin, breaks, stream, coder, decoding):
-    """Code which single spaces of ``text`` (uint8) that reach beyond ``margin`` are line ends (``breaks``, uint8, in or out)."""
+    """Code which spaces of ``text`` (uint8) that reach beyond ``margin`` are line ends (``breaks``, uint8, in or out)."""
     maps = np.full(1 << 13, MAP_START, np.uint32)
     fine = np.full(1 << 16, MAP_START, np.uint32)
     weights = np.full(64 * 4, 30000, np.int32)
@@ -471,18 +505,24 @@ def _plan(options: TextOptions) -> np.ndarray:
     return np.array([i for name, group in _GROUPS.items() if options.on(name) for i in group], np.int64)
 
 
-def _run(ids: np.ndarray, text: np.ndarray, stream: np.ndarray, coder: np.ndarray, decoding: bool, model: Model, options: TextOptions) -> int:
+_FLAGS = ("model", "adaptation", "match", "runs", "histories", "mixer sets", "refinement")
+
+
+def _run(
+    ids: np.ndarray, text: np.ndarray, stream: np.ndarray, coder: np.ndarray, decoding: bool, model: Model, options: TextOptions
+) -> int:  # fmt: skip
     plan = _plan(options)
     strings = model.tokens.strings
     starts = np.zeros(len(strings) + 1, np.int64)
     np.cumsum([len(s) for s in strings], out=starts[1:])
-    flags = np.array([options.on(c) for c in ("model", "adaptation", "match", "runs", "histories", "mixer sets", "refinement")], np.int64)
+    flags = np.array([options.on(c) for c in _FLAGS], np.int64)
     rates = np.array([options.head_rate, options.bias_rate, options.mixer_rate, options.slot_limit], np.int64)
     size = model.config.vocabulary
     coder_start(coder, stream, decoding)
     return _code(
-        ids, len(ids), text, len(text), stream, coder, decoding, np.frombuffer(b"".join(strings), np.uint8), starts, size.bit_length() - 1,
-        plan, flags, rates, model.net, model.state(), model.work(), *model.output_layer(), np.zeros(size, np.int32), np.zeros(size + 1, np.int64),
+        ids, len(ids), text, len(text), stream, coder, decoding,
+        np.frombuffer(b"".join(strings), np.uint8), starts, size.bit_length() - 1, plan, flags, rates,
+        model.net, model.state(), model.work(), *model.output_layer(), np.zeros(size, np.int32), np.zeros(size + 1, np.int64),
         *curves(), model.config.norm_bits, *_memory(options, model, plan, len(ids)),
     )  # fmt: skip
 
@@ -518,7 +558,7 @@ def encode_text(data: bytes, model: Model, options: TextOptions = TextOptions())
 
 
 def decode_text(payload: bytes, length: int, model: Model, options: TextOptions = TextOptions()) -> bytes:  # noqa: B008
-    """The ``length`` bytes of a payload. CorruptStream where it can be none of ``encode_text``; other damage gives other bytes."""
+    """The ``length`` bytes of a payload. CorruptStream where ``encode_text`` cannot have made it; other damage: other bytes."""
     if len(payload) < 3 or payload[0] > 3:
         raise CorruptStream("no payload of text")
     flags, margin = payload[0], payload[1]

@@ -2,8 +2,8 @@
 
 Ids are ranks in the sorted order of the tokens' byte strings: the tokens below a node of the binary tree over ids share a
 range of strings, which is what lets a coder make a token out of log2 V binary decisions with useful statistics on each.
-Merges never cross the borders of pre-tokens: a word with the space before it, a digit, a run of punctuation (the capital flags of
-``transform`` count as such), a run of line ends, a run of spaces. Method: Gage 1994, in the form of Sennrich et al. 2016.
+Merges never cross the borders of pre-tokens: a word with the space before it, a digit, a run of punctuation (the capital flags
+of ``transform`` count as such), a run of line ends, a run of spaces. Method: Gage 1994, in the form of Sennrich et al. 2016.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from collections.abc import Iterable
 import numpy as np
 
 PRE_TOKEN = re.compile(
-    rb"'(?:s|t|d|m|re|ll|ve)(?![a-z])| ?[A-Za-z\x80-\xff]{1,32}| ?[0-9]| ?[^\sA-Za-z0-9\x80-\xff]{1,32}|\n{1,32}| {1,64}(?= )|[\s\S]"
+    rb"'(?:s|t|d|m|re|ll|ve)(?![a-z])| ?[A-Za-z\x80-\xff]{1,32}| ?[0-9]| ?[^\sA-Za-z0-9\x80-\xff]{1,32}"
+    rb"|\n{1,32}| {1,64}(?= )|[\s\S]"
 )
 """Cuts bytes into pieces of at most 65 bytes; every byte is in one."""
 

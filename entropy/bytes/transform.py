@@ -1,7 +1,8 @@
 """Reversible transforms that make text look like what a language model has learnt: one line per paragraph, few capitals.
 
-Capitals: ``The`` -> ``\\x01the``, ``THE`` -> ``\\x02the``; with one space before the word the flag goes before the space, so that
-`` the`` stays one token. The word I stays, capitals inside of a word stay, and the bytes 1, 2, 3 themselves get a 3 in front.
+Capitals: ``The`` -> ``\\x01the``, ``THE`` -> ``\\x02the``; with one space before the word the flag goes before the space, so
+that `` the`` stays one token. The word I stays, capitals inside of a word stay, and the bytes 1, 2, 3 themselves get a 3 in
+front.
 
 Line ends: a newline between two printing characters that stands where a writer with a line width would have broken the
 line is turned into a space: where the next word would have reached beyond a margin. Which of the spaces that do so were line
@@ -106,13 +107,15 @@ def best_margin(text: np.ndarray) -> int:
     _reaches(text, breaks, spaces)
     both = np.maximum(breaks + spaces, 1)
     share = np.clip(breaks / both, 1e-9, 1 - 1e-9)
-    flags = both * -(share * np.log2(share) + (1 - share) * np.log2(1 - share)) + 4 * (breaks + spaces > 0)
-    inside = _BITS_OF_A_LINE_END * breaks
+    flags = both * -(share * np.log2(share) + (1 - share) * np.log2(1 - share)) + 1.5 * (breaks + spaces > 0)
     # cost[m]: flags of all reaches above m, line ends in the text of those up to m
-    cost = flags.sum() - np.cumsum(flags) + np.cumsum(inside)
-    margin = int(np.argmin(cost))
-    return margin if breaks[margin + 1 :].sum() >= _WORTH_IT else WIDEST
+    beyond = flags.sum() - np.cumsum(flags)
+    cost = beyond + _BITS_OF_A_LINE_END * np.cumsum(breaks)
+    margin = int(np.argmin(np.round(cost, 3)))  # rounded, so that the last digits of a logarithm decide nothing
+    soft = breaks[margin + 1 :].sum()
+    return margin if soft >= _WORTH_IT and beyond[margin] < soft * _MOST_BITS else WIDEST
 
 
-_BITS_OF_A_LINE_END = 2.0
+_BITS_OF_A_LINE_END = 3.0
+_MOST_BITS = 1.5  # lines of a page cost less than one bit each; lines of verse or code two and more
 _WORTH_IT = 8
