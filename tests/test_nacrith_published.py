@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
+import os
 import random
+import subprocess
 import sys
 from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
 
 import fake_llama
 import numpy as np
@@ -408,6 +412,27 @@ def test_components_on_and_off(change):
 def test_toy_round_trips():
     round_trips(hybrid.TokenMixture(Toy(), SMALL))
     round_trips(hybrid.TokenMixture(Toy(lossy=True), SMALL, verify=False))
+
+
+def probe() -> str:
+    """Hash of the code of a text, with all components on and decoded again; runs in a process of its own."""
+    settings = replace(SMALL, lzp=1, warmup=20)
+    toy = Toy()
+    alphabet = hybrid.Alphabet(toy.pieces)
+    data = TEXT[:180] + LOST[:2] + TEXT[:180]
+    code = hybrid.encode_text(toy, alphabet, settings, data)
+    assert hybrid.decode_text(toy, alphabet, settings, code, len(data)) == data
+    return hashlib.sha256(code).hexdigest()
+
+
+def test_interpreted_code_is_the_same():
+    """The compiled functions and the same functions run by Python on NumPy arrays: no result hangs on the compiler."""
+    here = str(Path(__file__).parent)
+    run = f"import sys; sys.path.insert(0, {here!r}); import test_nacrith_published as t; print(t.probe())"
+    env = os.environ | {"NUMBA_DISABLE_JIT": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, "-c", run], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == probe()
 
 
 def test_skip_saves_calls():
