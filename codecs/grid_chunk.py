@@ -26,7 +26,8 @@ from ..media.grid import STRING, Layout
 CONSTANT, BYTES, TEXTS, FIELD = range(4)
 KINDS = ("lossless", "absolute", "relative", "range", "bits")
 GROUP_VALUES = 1 << 24
-SMALL = 512  # values below which a general compressor is as good as a model of fields
+SMALL = 512  # values below which a general compressor is as good as a model of fields, and without a bound:
+SMALL_LOSSLESS = 4096
 _LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 6}]
 _MARKED = 0x5A5A  # low bits of the NaN that stands for a fill value where there are true NaNs too
 
@@ -99,7 +100,7 @@ def encode_chunk(values: np.ndarray, coding: Coding, threads: int = 1) -> tuple[
         payload = cbor.encode([TEXTS]) + _packed(cbor.encode([str(v) for v in values.ravel()]))
     elif values.size and len(np.unique(_bits(values.ravel()[:: max(values.size // 64, 1)]))) == 1 and _constant(values):
         payload = cbor.encode([CONSTANT, values.ravel()[:1].tobytes()])
-    elif values.size < SMALL or coding.dtype == "S1":
+    elif values.size < (SMALL if coding.lossy else SMALL_LOSSLESS) or coding.dtype == "S1":
         payload = _bytes(values)
     elif coding.dtype[0] == "f":
         payload, stats.keep = _encode_floats(values, coding, threads)
