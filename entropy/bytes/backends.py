@@ -31,9 +31,13 @@ from numba import njit
 
 from ...container.errors import CodecError, CorruptStream, ModelMismatch, ModelMissing, UsageError
 from .language import Model, Predictor
+from .mixing import coder_finish, coder_start
 from .published import Settings, log2_of
+from .text import _code_breaks as code_breaks
+from .transform import WIDEST, best_margin, flag_capitals, join_lines, restore_capitals
 
 _LOG2E = 1.4426950408889634
+_CRLF, _CAPITALS = 1, 2
 _PROBE = (7, 3, 11, 2, 19, 5, 23, 13, 1, 17, 29, 4, 31, 6, 37, 8)
 PROBE_SETTINGS = {"context": 32, "keep": 8, "sink": 1, "batch": 8}
 
@@ -122,6 +126,14 @@ class Backend:
     def session(self, settings: Settings) -> Session:
         """An empty context."""
         raise NotImplementedError
+
+    def prepare(self, data: bytes) -> tuple[bytes, bytes]:
+        """A text -> (what ``restore`` must know, the text in the form that the model has learnt)."""
+        return b"", data
+
+    def restore(self, known: bytes, plain: bytes) -> bytes:
+        """Inverse of ``prepare``. CorruptStream for what it cannot have made."""
+        return plain
 
     def _probe(self) -> str:
         """Hash of the logits on a fixed course of tokens: alone, in a batch, and behind a slide of the window."""
@@ -452,6 +464,40 @@ class Bundled(Backend):
 
     def session(self, settings: Settings) -> Session:
         return _BundledSession(self, settings)
+
+    def prepare(self, data: bytes) -> tuple[bytes, bytes]:
+        """Paragraphs of one line and flags for capitals, as in ``text``: flags, margin, code of the line ends."""
+        flags = 0
+        if b"\r\n" in data and data.count(b"\r\n") == data.count(b"\n") == data.count(b"\r"):
+            flags, data = _CRLF, data.replace(b"\r\n", b"\n")
+        flat = np.frombuffer(data, np.uint8).copy()
+        margin = best_margin(flat)
+        join_lines(flat, margin)
+        breaks = (flat != np.frombuffer(data, np.uint8)).astype(np.uint8)
+        stream, coder = np.zeros(2 * len(data) + 64, np.uint8), np.zeros(4, np.int64)
+        coder_start(coder, stream, False)
+        if margin < WIDEST:
+            code_breaks(flat, margin, breaks, stream, coder, False)
+        plain = flat.tobytes()
+        if len(flagged := flag_capitals(plain)) <= len(plain) * 5 // 4:
+            flags, plain = flags | _CAPITALS, flagged
+        return bytes([flags, margin]) + stream[: coder_finish(coder, stream)].tobytes(), plain
+
+    def restore(self, known: bytes, plain: bytes) -> bytes:
+        if len(known) < 2 or known[0] > _CRLF | _CAPITALS:
+            raise CorruptStream("line ends and capitals of a text are damaged")
+        flags, margin = known[0], known[1]
+        if flags & _CAPITALS:
+            plain = restore_capitals(plain)
+        flat = np.frombuffer(plain, np.uint8).copy()
+        if margin < WIDEST:
+            stream, coder = np.frombuffer(bytearray(known[2:]), np.uint8), np.zeros(4, np.int64)
+            breaks = np.zeros(len(flat), np.uint8)
+            coder_start(coder, stream, True)
+            code_breaks(flat, margin, breaks, stream, coder, True)
+            flat[breaks == 1] = 10
+        data = flat.tobytes()
+        return data.replace(b"\n", b"\r\n") if flags & _CRLF else data
 
 
 def open_backend(kind: str, weights: str, *, threads: int, device: str = "cpu") -> Backend:

@@ -246,7 +246,10 @@ class TokenMixture:
         runs = segment(data, self.alphabet.missing)
         if sum(runs[::2]):
             text, binary = _apart(data, runs)
-            code = _code(runs, binary, encode_text(self.backend, self.alphabet, self.settings, text, self.report), effort)
+            known, plain = self.backend.prepare(text)
+            coded = varint(len(known)) + known + (varint(len(plain)) if known else b"")
+            coded += encode_text(self.backend, self.alphabet, self.settings, plain, self.report)
+            code = _code(runs, binary, coded, effort)
             if len(code) < len(best):
                 if not self.verify or self._comes_back(code, data):
                     return code
@@ -282,13 +285,30 @@ class TokenMixture:
         if sum(sizes) != sum(runs[1::2]):
             raise CorruptStream("block: its binary part has another length than its runs")
         binary = b"".join(map(blocks.decode, parts))
-        text = decode_text(self.backend, self.alphabet, self.settings, code[at:], sum(runs[::2]), self.report)
+        text = self._decode_text(code[at:], sum(runs[::2]))
         whole, places = [], [0, 0]
         for i, n in enumerate(runs):
             kind = i % 2
             whole.append((text, binary)[kind][places[kind] : places[kind] + n])
             places[kind] += n
         return b"".join(whole)
+
+
+    def _decode_text(self, code: bytes, size: int) -> bytes:
+        if not size:
+            return b""
+        n, at = read_varint(code, 0, "text")
+        known, at = code[at : at + n], at + n
+        length = size
+        if n:
+            length, at = read_varint(code, at, "text")
+            if length > 2 * size + 16:
+                raise CorruptStream("text: longer in tokens than it may be")
+        plain = decode_text(self.backend, self.alphabet, self.settings, code[at:], length, self.report)
+        text = self.backend.restore(known, plain)
+        if len(text) != size:
+            raise CorruptStream("text: has another length than its runs")
+        return text
 
 
 def _code(runs: list[int], binary: bytes, text: bytes, effort: int) -> bytes:
