@@ -2,12 +2,13 @@
 
     raw chunk --(fill values, packing)--> float field (T, L, H, W) --entropy.grid--> payload
 
-A payload is a canonical CBOR array that says what it is, then data: ``[CONSTANT, raw]``; ``[BYTES]`` + LZMA2 of the raw
-values, all first bytes, then all second ones; ``[TEXTS]`` + LZMA2 of a CBOR list; ``[FIELD, NaN patterns, limits]`` + a
-payload of ``entropy.grid``. Packed integers are coded as integers: a bound in the variable's unit becomes a whole number of
-packing steps, so what was decoded is packed with the same scale and offset as before, and no rounding is added to the error.
-What is decoded within a bound is clipped to the limits, the smallest and largest value of the chunk: that never adds to an
-error, and keeps fractions within 0..1, rain from being negative, and integers in their type.
+A payload is a canonical CBOR array that says what it is, then data: ``[CONSTANT, raw]``; ``[LINEAR, first, step]`` of even
+steps, as coordinates have them (in float64, then rounded to the type); ``[BYTES]`` + LZMA2 of the raw values, all first bytes,
+then all second ones; ``[TEXTS]`` + LZMA2 of a CBOR list; ``[FIELD, NaN patterns, limits]`` + a payload of ``entropy.grid``.
+Packed integers are coded as integers: a bound in the variable's unit becomes a whole number of packing steps, so what was
+decoded is packed with the same scale and offset as before, and no rounding is added to the error. What is decoded within a
+bound is clipped to the limits, the smallest and largest value of the chunk: that never adds to an error, and keeps fractions
+within 0..1, rain from being negative, and integers in their type.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ..container import cbor
 from ..container.errors import CorruptStream
 from ..media.grid import STRING, Layout
 
-CONSTANT, BYTES, TEXTS, FIELD = range(4)
+CONSTANT, BYTES, TEXTS, FIELD, LINEAR = range(5)
 KINDS = ("lossless", "absolute", "relative", "range", "bits")
 GROUP_VALUES = 1 << 24
 SMALL = 512  # values below which a general compressor is as good as a model of fields, and without a bound:
@@ -100,6 +101,8 @@ def encode_chunk(values: np.ndarray, coding: Coding, threads: int = 1) -> tuple[
         payload = cbor.encode([TEXTS]) + _packed(cbor.encode([str(v) for v in values.ravel()]))
     elif values.size and len(np.unique(_bits(values.ravel()[:: max(values.size // 64, 1)]))) == 1 and _constant(values):
         payload = cbor.encode([CONSTANT, values.ravel()[:1].tobytes()])
+    elif values.ndim == 1 and coding.dtype != "S1" and (steps := _even_steps(values)):
+        payload = cbor.encode([LINEAR, *steps])
     elif values.size < (SMALL if coding.lossy else SMALL_LOSSLESS) or coding.dtype == "S1":
         payload = _bytes(values)
     elif coding.dtype[0] == "f":
@@ -125,6 +128,8 @@ def decode_chunk(payload: bytes, shape: tuple[int, ...], coding: Coding, threads
     dtype = np.dtype(coding.dtype).newbyteorder("<")
     if kind == CONSTANT and len(fields) == 2 and type(fields[1]) is bytes and len(fields[1]) == dtype.itemsize and not body:
         return np.full(shape, np.frombuffer(fields[1], dtype)[0], dtype.newbyteorder("="))
+    if kind == LINEAR and [type(f) for f in fields[1:]] == [float, float] and len(shape) == 1 and not body:
+        return _line(fields[1], fields[2], count, dtype.newbyteorder("="))
     if kind == BYTES and len(fields) == 1:
         raw = np.frombuffer(_unpacked(body, count * dtype.itemsize), np.uint8).reshape(dtype.itemsize, count)
         return np.ascontiguousarray(raw.T).view(dtype).reshape(shape).astype(dtype.newbyteorder("="))
@@ -345,6 +350,31 @@ def _canonical(field: np.ndarray) -> bool:
     """Whether every NaN has the bits that numpy gives it."""
     bits = _bits(field)[np.isnan(field)]
     return bool((bits == _bits(np.array(np.nan, field.dtype))).all())
+
+
+def _line(first: float, step: float, count: int, dtype: np.dtype) -> np.ndarray:
+    """``count`` values at even steps. CorruptStream where they do not fit their type."""
+    values = first + step * np.arange(count, dtype=np.float64)
+    if dtype.kind != "f":
+        limits, values = np.iinfo(dtype), np.rint(values)
+        if values.size and not (limits.min <= values.min() and values.max() < limits.max + 1):
+            raise CorruptStream("chunk: integers beyond their type")
+    return values.astype(dtype)
+
+
+def _even_steps(values: np.ndarray) -> tuple[float, float] | None:
+    """(first, step) when these give every bit of the values; None otherwise."""
+    if values.size < 4 or not np.isfinite(values).all():
+        return None
+    first = float(values[0])
+    step = (float(values[-1]) - first) / (len(values) - 1)
+    for guess in (step, float(np.float32(step)), round(step, 9)):
+        try:
+            if _line(first, guess, len(values), values.dtype).tobytes() == values.tobytes():
+                return first, guess
+        except CorruptStream:
+            continue
+    return None
 
 
 def _bytes(values: np.ndarray) -> bytes:

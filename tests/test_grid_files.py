@@ -242,6 +242,17 @@ def test_packed_integers_of_the_whole_range(k):
     assert np.abs(x.astype(int) - y).max() <= int(k)
 
 
+@pytest.mark.parametrize("values", [
+    np.linspace(90, -90, 721).astype("f4"), np.arange(1440) * 0.25 - 180, np.arange(0, 8784, 6, dtype="i8"),
+    np.arange(255, 0, -5, dtype="u1"), np.array([5, 4, 3, 2, 1, 0], "i4"),
+])  # fmt: skip
+def test_even_coordinates_take_no_room(values):
+    for exact in (values, np.where(np.arange(len(values)) == 3, values[2], values)):
+        payload, _ = encode_chunk(exact, Coding(exact.dtype.str[1:], "X"))
+        assert decode_chunk(payload, exact.shape, Coding(exact.dtype.str[1:], "X")).tobytes() == exact.tobytes()
+        assert len(payload) < 24 or exact is not values
+
+
 def test_memory_is_bounded_by_chunks():
     assert chunk_shape((1000, 37, 721, 1440), "TLYX") == (1, 8, 721, 1440)
     assert chunk_shape((1000, 721, 1440), "TYX") == (4, 721, 1440)
