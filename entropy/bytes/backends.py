@@ -21,6 +21,7 @@ import inspect
 import json
 import os
 import platform
+import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -374,6 +375,7 @@ class Transformers(Backend):
             raise ModelMissing(f"{name}: is not {kind} that transformers can load ({first})") from None
         self.model = model.eval().to(device)
         self._tokenizer = tokenizer
+        self._lock = threading.Lock()  # a fast tokenizer must not be called twice at a time
         arguments = inspect.signature(type(model).forward).parameters
         self.cache_name = "cache" if "cache" in arguments else "past_key_values"  # its name until transformers 5
         self.vocabulary = int(model.get_output_embeddings().weight.shape[0])
@@ -416,7 +418,8 @@ class Transformers(Backend):
         return pieces + [None] * (self.vocabulary - len(pieces))
 
     def tokenize(self, text: str) -> Sequence[int]:
-        return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        with self._lock:
+            return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
     def session(self, settings: Settings) -> Session:
         return _TransformersSession(self, settings)

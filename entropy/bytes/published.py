@@ -110,11 +110,12 @@ class Settings:
 
 
 _MILLION = (0, 1_000_000)
+# a stranger's header may ask for so much memory and no more
 _RANGES = {
-    "ngram": (0, 1), "order": (0, ORDERS), "contexts": (1, 4_000_000), "entries": (1, 1024), "nodes": (1, 16_000_000),
+    "ngram": (0, 1), "order": (0, ORDERS), "contexts": (1, 1_000_000), "entries": (1, 1024), "nodes": (1, 4_000_000),
     "lzp": (0, 1), "lzp_confidence": _MILLION, "lzp_share": _MILLION, "weight": (1, 999_999), "rate": _MILLION,
     "bias": (0, 1), "bias_rate": _MILLION, "skip": (0, 1), "skip_entropy": (0, 20_000), "warmup": (0, 1 << 40),
-    "temperature": (100, 1_000_000), "context": (4, 1 << 20), "keep": (1, 1 << 20), "sink": (0, 64), "batch": (1, 1024),
+    "temperature": (100, 1_000_000), "context": (4, 32_768), "keep": (1, 32_768), "sink": (0, 64), "batch": (1, 1024),
 }  # fmt: skip
 
 
