@@ -451,7 +451,7 @@ def code(
                 r0 = apm_p16(apm0, node, s)
                 r1 = apm_p16(apm1, a1, s)
                 r2 = apm_p16(apm2, a2, s)
-                p = (2 * p + r0 + 2 * r1 + 3 * r2 + 4) >> 3
+                p = (4 * p + r0 + r1 + 2 * r2 + 4) >> 3
             p = min(max(p, 1), 65535)
             bit = code_bit(coder, stream, (byte >> (7 - position)) & 1, p, decoding)
             # learn
@@ -585,7 +585,7 @@ _ORDER = {
         34,
     ),
 }  # fmt: skip
-_COUNTS = {1: 5, 2: 6, 3: 8, 4: 11, 5: 16, 6: 20, 7: 25, 8: 29, 9: 33}
+_COUNTS = {1: 5, 2: 6, 3: 8, 4: 14, 5: 22, 6: 26, 7: 29, 8: 31, 9: 33}
 
 
 def plan_of(effort: int, kind: int) -> Plan:
