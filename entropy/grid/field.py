@@ -30,10 +30,12 @@ CODED = (FINITE, NEGATIVE)
 BAND_VALUES = 1 << 20  # a part of more values is cut into bands of rows, which threads can share
 BAND_ROWS = 256  # and each has at least so many: predictors learn anew in every part
 BANDS_MAX = 8
-TRIAL_VALUES = 1 << 17
+TRIAL_VALUES = 1 << 16
 # forgetting, samples between solutions, ridge, what the next plane keeps; large fields want the first, small ones often another
 PACES = ((0.97, 64, 10.0, 1.0), (0.95, 32, 10.0, 1.0), (0.97, 32, 20.0, 0.25))
-SLOPES = (1.0, 1.15, 1.35)  # how much finer each coarser stage is quantised, up to twice
+# how much finer each coarser stage is quantised, and at most; the last is best for the mean squared error
+SLOPES = ((1.0, 1.0), (1.15, 2.0), (1.35, 2.0), (1.3, 8.0))
+ROUNDING = {"bound": 0.5, "rmse": 0.4}  # residuals of 1 - ROUNDING steps are coded; others stay with the prediction
 _HEAD = struct.Struct("<BBBBBB")
 _CRC = struct.Struct("<I")
 
@@ -128,6 +130,7 @@ class _Plan:
     step: int = STEP
     scale: Scale = field(default_factory=PlainScale)
     limits: tuple[int, int] = (0, 0)
+    rounding: float = 0.5  # of the encoder; the decoder need not know
 
     def header(self) -> bytes:
         flags = self.periodic | self.narrow << 1 | self.nan_bits << 2 | self.based << 3
@@ -179,9 +182,8 @@ class _Plan:
     @property
     def steps(self) -> np.ndarray:
         """Quantiser steps of the stages, finest first; the last holds for all coarser ones."""
-        if self.slope == 0 or self.step < STEP:
-            return np.array([self.step], np.int64)
-        return np.array([max(int(self.step / min(SLOPES[self.slope] ** i, 2.0)), self.step // 2) for i in range(8)], np.int64)
+        factor, most = SLOPES[self.slope]
+        return np.array([max(int(self.step / min(factor**i, most)), 1) for i in range(16)], np.int64)
 
     def parts(self) -> list[tuple[slice, slice]]:
         """(levels, rows) of what is coded apart."""
@@ -211,7 +213,7 @@ class _State:
 
     def __init__(self) -> None:
         k = kernels
-        self.maps = np.full(int(k.STARTS[-1]), 1 << 31, np.int64)
+        self.maps = np.full(int(k.STARTS[-1]), 1 << 31, np.uint32)
         self.weights = np.full((k.STAGES * k.DECISIONS, k.INPUTS + 1), 2 * 65536 // (k.INPUTS + 1), np.int64)
         self.weights[:, -1] = 0
         self.apm = np.tile(k.SQUASH[np.minimum(np.arange(33) * 192, len(k.SQUASH) - 1)].astype(np.int64), (k.APM_ROWS, 1))
@@ -235,9 +237,10 @@ def _run(plan: _Plan, planes: np.ndarray, based: bool, times: int, mask: np.ndar
         head = bytes(buf[:4]).ljust(4, b"\0")
         coder[2:] = int.from_bytes(head, "big"), 4
     refs = _references(times, count // times, based)
+    pace = np.array(PACES[plan.pace])
     fine = kernels.code_planes(
-        target, offset, inverse, mask, planes, len(planes) - count, np.zeros(planes.shape, np.uint8), refs, plan.steps,
-        np.array(plan.limits, np.int64), plan.periodic, np.array(PACES[plan.pace]), *_State().arrays(), coder, buf, decode,
+        target, offset, inverse, plan.rounding, mask, planes, len(planes) - count, np.zeros(planes.shape, np.uint8), refs,
+        plan.steps, np.array(plan.limits, np.int64), plan.periodic, pace, *_State().arrays(), coder, buf, decode,
     )  # fmt: skip
     if not fine:
         return -1
@@ -319,10 +322,12 @@ def _decode_parts(plan: _Plan, streams: list[bytes | None], classes: np.ndarray 
 
 
 def encode_field(x: np.ndarray, bound: Bound | float | None = None, *, periodic: bool = False, base: np.ndarray | None = None,
-                 level_group: int | None = None, nan_payloads: bool = False, threads: int = 1) -> bytes:  # fmt: skip
+                 level_group: int | None = None, nan_payloads: bool = False, threads: int = 1,
+                 goal: str = "bound") -> bytes:  # fmt: skip
     """x (H, W), (L, H, W) or (T, L, H, W) -> payload; see the package. Integers of up to 32 bits are coded too, losslessly.
 
-    ``base`` (same shape) must be the same, bit for bit, when the payload is decoded. ValueError for what makes no sense.
+    ``base`` (same shape) must be the same, bit for bit, when the payload is decoded. ``goal`` "rmse" keeps within the bound as
+    well, but spends the bits for a small mean squared error. ValueError for what makes no sense.
     """
     x = np.asarray(x)
     if x.dtype.newbyteorder("=") not in DTYPES or not 1 <= x.ndim <= 4:
@@ -332,9 +337,12 @@ def encode_field(x: np.ndarray, bound: Bound | float | None = None, *, periodic:
     if base is not None and np.shape(base) != x.shape:
         raise ValueError(f"a base of shape {np.shape(base)} cannot serve a field of shape {x.shape}")
     levels = x.shape[-3] if x.ndim > 2 else 1
+    if goal not in ROUNDING:
+        raise ValueError(f"a goal is one of {', '.join(ROUNDING)}, not {goal!r}")
     if level_group is not None and level_group < 1:
         raise ValueError("a group holds at least one level")
-    plan = _Plan(x.dtype, x.shape, STORED, 0, 0.0, periodic, group=max(min(level_group or levels, levels), 1))
+    plan = _Plan(x.dtype, x.shape, STORED, 0, 0.0, periodic, group=max(min(level_group or levels, levels), 1),
+                 rounding=ROUNDING[goal])  # fmt: skip
     lossy = np.max(bound.value, initial=0) > 0
     if lossy and x.dtype.kind != "f":
         raise ValueError(f"{x.dtype} can only be coded without loss")
@@ -384,14 +392,16 @@ def _class_blocks(plan: _Plan, x: np.ndarray, classes: np.ndarray | None, nan_pa
 
 def _lossless(plan: _Plan, x: np.ndarray, nan_payloads: bool, threads: int) -> bytes:
     """Every bit of every value, by the predictor on integers in the order of the values."""
-    plan = replace(plan, mode=LOSSLESS, step=1)
+    plan = replace(plan, mode=LOSSLESS, step=1, rounding=0.5)
     values, low = x.reshape(plan.stack), b""
     classes = _classes(values)
     blocks = _class_blocks(plan, values, classes, nan_payloads)
     if x.dtype.kind == "f":
         values = values if classes is None else np.where(classes == FINITE, values, x.dtype.type(0))
-        if x.dtype == np.float64 and (bits_of(values.astype(np.float32).astype(np.float64)) == bits_of(values)).all():
-            plan.narrow, values = True, values.astype(np.float32)
+        with np.errstate(over="ignore"):
+            narrow = values.astype(np.float32)
+        if x.dtype == np.float64 and (bits_of(narrow.astype(np.float64)) == bits_of(values)).all():
+            plan.narrow, values = True, narrow
         ordered = to_ordered(values)
         if ordered.dtype == np.int64:
             words = (ordered & 0xFFFFFFFF).astype(np.uint32)
@@ -493,9 +503,9 @@ def _bounded(plan: _Plan, x: np.ndarray, bound: Bound, base: np.ndarray | None, 
     coded = None if classes is None else np.isin(classes, CODED)
     seen = target if coded is None else target[coded]
     low, high = float(seen.min()), float(seen.max())
-    while plan.step > 2 and (high / 2 - low / 2) * plan.step / (2 * allowed) > LATTICE_MAX:
+    while plan.step > 2 and (high / 2 - low / 2) / allowed * ((1 - plan.rounding) * plan.step) > LATTICE_MAX:
         plan.step //= 2
-    scale.delta = 2 * allowed / plan.step
+    scale.delta = allowed / ((1 - plan.rounding) * plan.step)
     scale.offset = low / 2 + high / 2
     if not (scale.delta > 0 and np.isfinite(1 / scale.delta)):
         return None
@@ -559,8 +569,10 @@ def _search(plan: _Plan, target: np.ndarray, classes: np.ndarray | None, base: n
 
     sizes = [size(pace, 0) for pace in range(len(PACES))]
     plan.pace = int(np.argmin(sizes))
-    if plan.step == STEP and min(sizes) * 8 < sample.size:
-        sizes = [sizes[plan.pace], *(size(plan.pace, slope) for slope in range(1, len(SLOPES)))]
+    if plan.rounding != 0.5:
+        plan.slope = len(SLOPES) - 1
+    elif plan.step == STEP and min(sizes) * 8 < sample.size:
+        sizes = [sizes[plan.pace], *(size(plan.pace, slope) for slope in range(1, len(SLOPES) - 1))]
         plan.slope = int(np.argmin(sizes))
 
 

@@ -32,7 +32,7 @@ LEARN = 16  # the mixer's rate, a shift
 INPUTS = 5  # contexts of a decision; the mixer has one more input, a constant
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _code(bit, p, coder, buf, decode):
     """One bit whose probability of being 1 is p / 65536, 1 <= p <= 65535. coder: int64 low, high, code word, position."""
     low, high = coder[0], coder[1]
@@ -58,16 +58,16 @@ def _code(bit, p, coder, buf, decode):
     return bit
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _mixed(bit, slots, maps, weights, wset, apm, apm_row, x, coder, buf, decode):
     """Code one decision; mixes the predictions of INPUTS contexts in the logistic domain (as in PAQ) and learns.
 
-    slots (INPUTS,): places in ``maps`` (int64: 22 bits of probability, 10 of count). weights (sets, INPUTS + 1) int64 with
+    slots (INPUTS,): places in ``maps`` (uint32: 22 bits of probability, 10 of count). weights (sets, INPUTS + 1) int64 with
     16 bits of fraction; ``wset`` the row. apm (rows, 33): refines the mixed probability by a small context.
     """
     total = weights[wset, INPUTS] * 256
     for i in range(INPUTS):
-        s = np.int64(STRETCH[maps[slots[i]] >> 18])
+        s = np.int64(STRETCH[np.int64(maps[slots[i]]) >> 18])
         x[i] = s
         total += weights[wset, i] * s
     dot = total >> 16
@@ -91,7 +91,7 @@ def _mixed(bit, slots, maps, weights, wset, apm, apm_row, x, coder, buf, decode)
     error = (bit << 16) - p
     for i in range(INPUTS):
         weights[wset, i] += (x[i] * error + (1 << (LEARN - 1))) >> LEARN
-        m = maps[slots[i]]
+        m = np.int64(maps[slots[i]])
         n = m & 1023
         pr = m >> 10
         pr += (((bit << 22) - pr) * RATE[n]) >> 16
@@ -99,18 +99,20 @@ def _mixed(bit, slots, maps, weights, wset, apm, apm_row, x, coder, buf, decode)
             pr = (1 << 22) - 1
         if n < COUNT_LIMIT:
             n += 1
-        maps[slots[i]] = (pr << 10) | n
+        maps[slots[i]] = np.uint32((pr << 10) | n)
     weights[wset, INPUTS] += (256 * error + (1 << (LEARN - 1))) >> LEARN
     return bit
 
 
 # ---- prediction ------------------------------------------------------------------------------------------------------
 
-# Neighbours (row, column) in units of the stage's lattice, across (even rows, odd columns) and down (odd rows). The first two are
-# the pair that the target lies between; the last two are known in reference planes only.
+# Neighbours (row, column) in units of the stage's lattice, across (even rows, odd columns) and down (odd rows). The first
+# two are the pair that the target lies between; the last two are known in reference planes only.
 PATTERN = np.array([
-    [[0, -1], [0, 1], [0, -3], [0, 3], [-2, -1], [-2, 1], [2, -1], [2, 1], [-2, 0], [0, -2], [-2, -2], [-2, 2], [-1, 0], [1, 0]],
-    [[-1, 0], [1, 0], [-3, 0], [3, 0], [-1, -1], [-1, 1], [1, -1], [1, 1], [0, -1], [-2, 0], [-2, -1], [-2, 1], [0, -2], [0, 1]],
+    [[0, -1], [0, 1], [0, -3], [0, 3], [-2, -1], [-2, 1], [2, -1], [2, 1], [-2, 0], [0, -2], [-2, -2], [-2, 2], [-1, 0],
+     [1, 0]],
+    [[-1, 0], [1, 0], [-3, 0], [3, 0], [-1, -1], [-1, 1], [1, -1], [1, 1], [0, -1], [-2, 0], [-2, -1], [-2, 1], [0, -2],
+     [0, 1]],
 ], np.int64)  # fmt: skip
 # places of W, N, NE, NW among those coded in the same stage, and of the two sides of a reference
 NEAR = np.array([[9, 8, 11, 10, 12, 13], [8, 9, 11, 10, 8, 13]], np.int64)
@@ -120,7 +122,7 @@ FEATURES = 20
 PLACES = PATTERN.shape[1]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _solve(cov, rhs, n, w, work, column, ridge, prior):
     """w with (cov + ridge) (w - prior) = rhs - cov prior, by LDL^T: additions, products and quotients only."""
     for i in range(n):
@@ -147,7 +149,7 @@ def _solve(cov, rhs, n, w, work, column, ridge, prior):
             w[i] -= work[k, i] * w[k]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _reflect(i, n):
     if n == 1:
         return 0
@@ -159,7 +161,7 @@ def _reflect(i, n):
     return i
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _place_map(n, stride, size, periodic):
     """Positions in the full array of lattice indices -4..n+3 of an axis with n lattice points."""
     out = np.empty(n + 8, np.int64)
@@ -197,7 +199,7 @@ QUIET_ROWS = 12 * 12 * 12 * STAGES
 APM_ROWS = DECISIONS * CLASSES
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _mag8(k):
     if k < 32:
         return k
@@ -209,7 +211,7 @@ def _mag8(k):
     return 32 + (o - 5) * 8 + ((k >> (o - 3)) & 7)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _raw(value, bits, coder, buf, decode):
     """``bits`` equiprobable bits, high ones first."""
     out = 0
@@ -218,7 +220,7 @@ def _raw(value, bits, coder, buf, decode):
     return out
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _code_residual(k, h, nonzero, slots, wset, arow, maps, weights, apm, x, coder, buf, decode):
     """k, a signed integer; h low bits of its magnitude are nearly uniform. Slots are those of decision 0."""
     size = abs(k)
@@ -262,17 +264,17 @@ def _code_residual(k, h, nonzero, slots, wset, arow, maps, weights, apm, x, code
     return 0
 
 
-@njit(cache=True, nogil=True)
-def code_planes(target, offset, inverse, mask, planes, start, sizes, refs, steps, limits, periodic, pace, maps, weights, apm,
-                quiet, cov, rhs, wts, prior, coder, buf, decode):
+@njit(cache=True, nogil=True, error_model="numpy")
+def code_planes(target, offset, inverse, rounding, mask, planes, start, sizes, refs, steps, limits, periodic, pace, maps,
+                weights, apm, quiet, cov, rhs, wts, prior, coder, buf, decode):
     """Code the planes from ``start`` on of ``planes`` int32 (P, h, w), in order; the decoder fills them.
 
-    target (1 or P - start, h, w): what the encoder wants, (target - offset) * inverse in lattice units; not read by the
-    decoder. mask (1 or P - start, h, w) uint8: not zero where nothing is coded. sizes (P, h, w) uint8: classes of residuals,
-    zero at first. refs (P, 2): which planes are known already and alike, -1 for none. steps: quantiser steps of the stages, finest
-    first. limits: smallest and largest value that a prediction may have. pace: forgetting factor, samples between
-    solutions, ridge, what is kept of a band's statistics when the next plane begins. What follows is the state that adapts.
-    Returns False when buf was too short.
+    target (1 or P - start, h, w): what the encoder wants, (target - offset) * inverse in lattice units, in steps rounded up
+    from 1 - ``rounding`` on; not read by the decoder. mask (1 or P - start, h, w) uint8: not zero where nothing is coded. sizes
+    (P, h, w) uint8: classes of residuals, zero at first. refs (P, 2): which planes are known already and alike, -1 for none.
+    steps: of the stages, finest first. limits: smallest and largest value that a prediction may have. pace: forgetting factor,
+    samples between solutions, ridge, what is kept of a band's statistics when the next plane begins. What follows is the
+    state that adapts. Returns False when buf was too short.
     """
     count, height, width = planes.shape
     slots = np.zeros(INPUTS, np.int64)
@@ -416,7 +418,10 @@ def code_planes(target, offset, inverse, mask, planes, start, sizes, refs, steps
                         slope_class = LOG[min(int(abs(slope) * unit0), LOG_END - 1)]
                         k = 0
                         if not decode:
-                            k = np.int64(np.rint(((np.float64(want_plane[here]) - offset) * inverse - guess) * scale))
+                            off = ((np.float64(want_plane[here]) - offset) * inverse - guess) * scale
+                            k = np.int64(np.floor(abs(off) + rounding))
+                            if off < 0:
+                                k = -k
                         calm = False
                         if quiet_here:
                             row = (min(off_class, 11) * 12 + min(curve_class, 11)) * 12 + min(slope_class, 11)
