@@ -46,6 +46,7 @@ _QUOTES = {
 }
 _DASHES = {"—": "--", "‐": "-", "‑": "-", "–": "-", "\xad": ""}
 PIECE = 100_000
+VERSE = 0.08
 
 
 def typewrite(text: str, rng: random.Random) -> str:
@@ -53,6 +54,8 @@ def typewrite(text: str, rng: random.Random) -> str:
 
     Paragraphs, one a line in the source, get an empty line between them.
     """
+    if rng.random() < VERSE:
+        return versify(text, rng)
     style = rng.choices(["plain", "typewriter", "single", "as is"], [5, 1, 3, 1])[0]
     if style != "as is":
         straight = text.count('"') > text.count("“")
@@ -62,6 +65,23 @@ def typewrite(text: str, rng: random.Random) -> str:
     if rng.random() < 0.15:
         text = re.sub(r"([.!?]['\"]?) ", r"\1  ", text)
     return text.replace("\n", "\n\n") if rng.random() < 0.9 else text
+
+
+def versify(text: str, rng: random.Random) -> str:
+    """A piece of a novel broken into lines as verse and plays are, so that a line end does not always end a thought."""
+    width, prefix = rng.randint(28, 56), rng.choice(["", "", "", "\t", "  ", "    "])
+    capitals, apart = rng.random() < 0.7, rng.random() < 0.5
+    paragraphs = []
+    for paragraph in text.translate(str.maketrans(_QUOTES["plain"] | _DASHES)).split("\n"):
+        lines, line = [], ""
+        for word in paragraph.split():
+            if line and len(line) + len(word) + 1 > width + rng.randint(-8, 8):
+                lines.append(line)
+                line = word[:1].upper() + word[1:] if capitals else word
+            else:
+                line = f"{line} {word}" if line else word
+        paragraphs.append(("\n" + prefix).join([*lines, line]))
+    return ("\n\n" if apart else "\n").join(paragraphs)
 
 
 def read_texts(folder: Path, most: int = 0) -> dict[str, bytes]:
