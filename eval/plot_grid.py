@@ -48,7 +48,7 @@ def _draw(a: Field, b: Field, index: int, title: str) -> Figure:
     unit = f" {a.unit}" if a.unit else ""
     images = (
         ("field", x[0], "viridis", {}, a.unit or a.name),
-        ("error", error[0], "RdBu_r", {"vmin": -worst or -1, "vmax": worst or 1}, f"decoded minus original{unit}"),
+        ("error", error[0], "RdBu_r", {"vmin": -worst or -1, "vmax": worst or 1}, f"error{unit and ',' + unit}"),
     )
     for key, values, colours, limits, label in images:
         panel = panels[key]
