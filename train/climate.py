@@ -31,6 +31,8 @@ from .freeze import freeze_codec
 from .optim import optimisers
 
 CROP = (64, 96)
+COST_FLOOR = 0.02  # bits per value below which a sample has nothing to teach
+EXTREME = 12.0  # standard deviations; a field that goes beyond does not fit its statistics
 NAMES = {"gh": "z"}  # and in which unit: geopotential height becomes geopotential
 
 
@@ -41,12 +43,11 @@ class Recipe:
     minutes: float = 35.0
     batch: int = 4
     lr: float = 1e-3
-    muon_lr: float = 5e-4
-    first_phase: float = 0.1
+    muon_lr: float = 3e-4
+    first_phase: float = 0.05
     hard_from: float = 0.9
     decay_from: float = 0.2
-    divergence: float = 1e-6
-    weight_power: float = 0.5
+    divergence: float = 1e-4  # weight of the Gaussian pull
     ema: float = 0.998
     seed: int = 0
 
@@ -86,8 +87,9 @@ def load_fields(folder: Path) -> list[Field]:
                     if np.isfinite(field).all() and np.ptp(field) > 0:
                         plane = Plane(NAMES.get(str(name), str(name)), pressures[i % len(levels)])
                         mean, std = normalisation(plane, field)
-                        values = torch.from_numpy(((field - mean) / std).clip(-30, 30))
-                        out.append(Field(values, plane, variable[lat].values.astype(np.float64), abs(span - 360) < 1))
+                        values = torch.from_numpy((field - mean) / std)
+                        if float(values.abs().max()) < EXTREME:
+                            out.append(Field(values, plane, variable[lat].values.astype(np.float64), abs(span - 360) < 1))
     if not out:
         raise ValueError(f"{folder}: no fields here")
     return out
@@ -184,7 +186,7 @@ def train(codec: VAEformer, fields: list[Field], recipe: Recipe, out: Path, repo
         lam = codec.lambda_of(level)
         if done < recipe.first_phase:
             x_hat, divergence = codec.autoencode(x, level, facts)
-            rate_cost, extra = torch.zeros(len(x)), recipe.divergence * divergence * lam.mean()
+            rate_cost, extra = torch.zeros(len(x)), recipe.divergence * divergence
         else:
             if done >= recipe.hard_from and not codec.latent.rounded_rate:
                 codec.latent.rounded_rate = True
@@ -195,8 +197,8 @@ def train(codec: VAEformer, fields: list[Field], recipe: Recipe, out: Path, repo
             x_hat, extra = result.x_hat, 0.0
             rate_cost = sum(result.bits.values()) / x[0].numel()
         mse = ((x_hat - x).square() * weights).flatten(1).mean(1)
-        # ERA5 fields are so different that a squared error alone would only teach the rough ones: each counts by its own size
-        loss = ((rate_cost + lam * mse) * lam**-recipe.weight_power).mean() + extra
+        # fields differ so much that a sum of costs would only teach the rough ones: in the logarithm each counts alike
+        loss = (rate_cost + lam * mse + COST_FLOOR).log().mean() + extra
         for o in opts:
             o.zero_grad(set_to_none=True)
         loss.backward()
@@ -208,7 +210,7 @@ def train(codec: VAEformer, fields: list[Field], recipe: Recipe, out: Path, repo
         with torch.no_grad():
             for a, b in zip(averaged.parameters(), codec.parameters()):
                 a.lerp_(b, 1 - keep)
-        log.append((float(loss), float(torch.as_tensor(rate_cost).mean()), float(mse.mean())))
+        log.append((loss.item(), rate_cost.mean().item(), mse.median().item()))
         if time.time() - shown > report:
             means = np.mean(log, 0)
             line = {"step": step, "done": round(done, 4), "loss": means[0], "bits": means[1], "mse": means[2]}

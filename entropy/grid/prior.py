@@ -1,7 +1,7 @@
 """Weights that prediction starts from, in 1/256: row (spacing class * 2 + down) * 3 + planes known.
 
 Least squares over ``shared/data/climate/train`` (never ``eval``): neighbours with uniform noise of the bound, as a decoder
-sees them, robustly weighted by 1 / (error + bound / 10). Made by ``train/climate.py prior``.
+sees them, robustly weighted by 1 / (error + bound / 10). Made by ``python -m neuralcodec.train.climate prior``.
 """
 
 import numpy as np
