@@ -540,9 +540,20 @@ def test_llama_says_what_is_wrong(fake, gguf_path, tmp_path, monkeypatch):
     (tmp_path / "bad.gguf").write_bytes(b"not a model")
     with pytest.raises(ModelMissing, match="whole GGUF"):
         backends.Llama(tmp_path / "bad.gguf")
+    monkeypatch.delattr(sys.modules["llama_cpp"], "llama_get_memory")
+    with pytest.raises(UsageError, match="too old"):
+        backends.Llama(gguf_path)
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     with pytest.raises(UsageError, match="neuralcodec\\[llama\\]"):
         backends.Llama(gguf_path)
+
+
+def test_cache_that_cannot_drop_is_read_again(fake, gguf_path, monkeypatch):
+    """As with recurrent models: the window slides all the same, and both sides see the same."""
+    calls = []
+    monkeypatch.setattr(sys.modules["llama_cpp"], "llama_memory_seq_rm", lambda *at: calls.append(at))
+    mixture = hybrid.TokenMixture(backends.Llama(gguf_path), SMALL)
+    assert mixture.decode(mixture.encode(TEXT, 1), len(TEXT)) == TEXT and mixture.failures == 0 and calls
 
 
 def test_real_llama(gguf_path):

@@ -238,9 +238,8 @@ class _LlamaSession(Session):
         self._api.llama_memory_clear(self._memory, True)
 
     def _drop(self, first: int, count: int) -> None:
-        if not self._shifts:
-            return super()._drop(first, count)
-        self._api.llama_memory_seq_rm(self._memory, 0, first, first + count)
+        if not (self._shifts and self._api.llama_memory_seq_rm(self._memory, 0, first, first + count)):
+            return super()._drop(first, count)  # recurrent models, among others
         self._api.llama_memory_seq_add(self._memory, 0, first + count, -1, -count)
 
     def _evaluate(self, tokens: list[int], at: int) -> np.ndarray:
@@ -269,6 +268,8 @@ class Llama(Backend):
         if not os.path.isfile(path):
             raise ModelMissing(f"{path}: no such file; --weights takes a GGUF file, such as SmolLM2-135M")
         api = self.api = _library("llama_cpp", "llama")
+        if not hasattr(api, "llama_get_memory"):
+            raise UsageError(f"llama-cpp-python {api.__version__} is too old: `pip install -U 'neuralcodec[llama]'`")
         self.threads = threads
         if not os.environ.get("NLC_DEBUG"):
             self._silence = api.llama_log_callback(lambda level, text, data: None)
