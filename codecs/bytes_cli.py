@@ -107,7 +107,12 @@ def wants_bytes(model: str | None, name: str, pictures: set[str]) -> bool:
 
 
 def _peek(file: Any) -> bytes:
-    return file.peek(64)[:64] if hasattr(file, "peek") else b""
+    if hasattr(file, "peek"):
+        return file.peek(64)[:64]
+    at = file.tell()
+    start = file.read(64)
+    file.seek(at)
+    return start
 
 
 def target_suffix(name: str) -> str:
@@ -116,9 +121,9 @@ def target_suffix(name: str) -> str:
 
 
 def original_suffix(name: str) -> str:
-    """Suffix of what decode makes of a file: notes.txt.nlc -> .txt."""
-    stem = Path(name)
-    return Path(stem.stem).suffix if stem.suffix == SUFFIX else stem.suffix + ".out"
+    """What decode puts in place of the last suffix of a file: nothing, so that notes.txt.nlc becomes notes.txt."""
+    suffix = Path(name).suffix
+    return "" if suffix == SUFFIX else suffix + ".out"
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -199,7 +204,8 @@ def _options(args: argparse.Namespace, model: str) -> dict[str, Any]:
 
     name, _, preset = model.partition(":")
     if name == Nacrith.name and preset in Nacrith.presets and Nacrith.presets[preset].published:
-        given = {"weights": args.weights, "threads": args.threads, "block": args.block}
+        threads = args.threads or (max(1, (os.cpu_count() or 1) // _jobs(args)) if _jobs(args) > 1 else None)
+        given = {"weights": args.weights, "threads": threads, "block": args.block}
         return {k: v for k, v in given.items() if v is not None} | {"device": "cuda" if args.device == "cuda" else "cpu"}
     if args.weights or args.block:
         option = "--weights" if args.weights else "--block"
