@@ -183,7 +183,7 @@ def _joined(first: Layout, time_dim: str | None, steps: int, unpack: set[str]) -
     return replace(first, dims=dims, variables=variables, unlimited=unlimited)
 
 
-def make_plans(found: Survey, bounds: dict[str, tuple[str, float]], times: int, values: int) -> list[Plan]:
+def make_plans(found: Survey, bounds: dict[str, tuple[str, float]], times: int, values: int, model: str = "") -> list[Plan]:
     """Large variables with their chunks; small ones without. A chunk has all levels of a variable unless it would be huge."""
     plans = []
     for name, v in found.layout.variables.items():
@@ -193,7 +193,7 @@ def make_plans(found: Survey, bounds: dict[str, tuple[str, float]], times: int, 
             if value <= 0:
                 raise UsageError(f"--max-error: {name} is packed in a different way in each file and is joined as float32, "
                                  "which is coarser than this bound")  # fmt: skip
-        coding = coding_of(found.layout, name, kind, value)
+        coding = coding_of(found.layout, name, kind, value, model)
         per_step = v.nbytes // max(found.layout.dims.get(found.time, 1) if found.time in v.dims else 1, 1)
         if v.dtype in (STRING, "S1") or not (coding.lossy or found.layout.is_data(name) or per_step > INLINE):
             plans.append(Plan(v, coding, None))
@@ -367,6 +367,10 @@ class Archive:
         at = tuple(int(i) for i in np.unravel_index(number, plan.grid))
         box = plan.box(at)
         data = self.payload(name, at)
+        if plan.coding.model:
+            from .grid_neural import load
+
+            load(plan.coding.model, bytes.fromhex(self.group[name].metadata.codecs[0].model_id))
         try:
             if data is None:
                 raise CorruptStream("chunk is missing")
@@ -422,7 +426,7 @@ def run_task(task: Task) -> Stats:
     """Make a chunk. This is what a Dask worker runs."""
     from ..plugins.zarr_codec import frame, unframe
 
-    pieces = []
+    pieces, what = [], None
     path = chunk_path(task.store, task.name, task.at)
     if task.old:
         whole = unframe(path.read_bytes(), task.chunks, task.coding)
@@ -434,10 +438,15 @@ def run_task(task: Task) -> Stats:
         source = _opened(file, _identity(file), task.grib_filter)
         values = source.read(task.name, tuple(box))
         pieces.append(_real(values, source.layout.variables[task.name]) if task.unpack else values)
+        if task.coding.model:
+            from .grid_neural import about
+
+            what = about(source, task.name, task.coding.axes, tuple(box))
     values = np.concatenate(pieces, task.time_axis) if len(pieces) > 1 else pieces[0]
     # Zarr stores whole chunks: what lies behind the end is never looked at, and costs least when it is like the edge
     values = np.pad(values, [(0, c - n) for c, n in zip(task.chunks, values.shape)], "edge")
-    data, stats = frame(values, task.coding)
+    fits = all(c == s.stop - s.start or i == task.time_axis for i, (c, s) in enumerate(zip(task.chunks, box)))
+    data, stats = frame(values, task.coding, what if fits else None)
     if task.old:  # a second round must not add its error to the first
         again = np.take(unframe(data, task.chunks, task.coding), range(task.old), task.time_axis)
         if again.tobytes() != pieces[0].tobytes():
@@ -586,12 +595,13 @@ class Outcome:
 def encode_archive(paths: list[str], store: str, wanted: dict[str, Wanted] | None = None, *,
                    bounds: Callable[[Layout], dict[str, tuple[str, float]]] | None = None, times: int = TIMES,
                    values: int = CHUNK_VALUES, append: bool = False, force: bool = False, command: str = "codec encode",
-                   grib_filter: dict[str, Any] | None = None, runner: Runner | None = None,
+                   model: str = "", grib_filter: dict[str, Any] | None = None, runner: Runner | None = None,
                    progress: Progress | None = None) -> Outcome:  # fmt: skip
     """Join files of fields into a Zarr store, make it anew, finish an interrupted one, or append to it.
 
     ``wanted``: bounds, as ``grid_bounds.parse_bounds``; or ``bounds`` makes them from the layout. Files that the archive has
-    already are skipped; later ones need ``append``. UsageError when it was made with other bounds.
+    already are skipped; later ones need ``append``. ``model``: a network for what is lossy. UsageError when it was made with
+    other bounds.
     """
     runner = runner or local_runner(max(os.cpu_count() or 1, 1))
     grib_filter = grib_filter or {}
@@ -610,7 +620,8 @@ def encode_archive(paths: list[str], store: str, wanted: dict[str, Wanted] | Non
         before.close()
         return Outcome(Done(), before.layout.dims.get(before.time, 1) if before.time else 1, 0, skipped, [])
     if before and not before.complete:
-        return _resume(before, paths, fresh, store, wanted, bounds, values, append, command, grib_filter, runner, progress)
+        return _resume(before, paths, fresh, store, wanted, bounds, values, append, command, model, grib_filter, runner,
+                       progress)  # fmt: skip
     found = survey(fresh, grib_filter)
     first = 0
     if before:
@@ -620,7 +631,7 @@ def encode_archive(paths: list[str], store: str, wanted: dict[str, Wanted] | Non
         times = next((p.chunks[p.variable.dims.index(before.time)] for p in before.plans.values()
                       if p.chunks is not None and before.time in p.variable.dims), times)  # fmt: skip
     limits = bounds(found.layout) if bounds else resolve(found.layout, wanted) if wanted else {}
-    plans = make_plans(found, limits, times, values)
+    plans = make_plans(found, limits, times, values, model)
     members = found.members
     if before:
         members = [replace(m, first=m.first + first) for m in members]
@@ -670,7 +681,7 @@ def _matched(before: Archive, plans: list[Plan], found: Survey, first: int) -> l
             continue
         new = next(p for p in plans if p.variable.name == name)
         if (new.chunks is None) != (old.chunks is None) or (
-            new.chunks is not None and (new.coding.kind, new.coding.value) != (old.coding.kind, old.coding.value)):  # fmt: skip
+            new.chunks is not None and _bound(new) != _bound(old)):  # fmt: skip
             raise UsageError(f"{before.path}: {name} was made with another bound ({old.coding.kind} {old.coding.value:g}); "
                              "append with the same --max-error")  # fmt: skip
         if old.chunks is not None and old.coding.dtype[0] == "f" and new.coding.dtype[0] in "iu":
@@ -685,8 +696,12 @@ def _matched(before: Archive, plans: list[Plan], found: Survey, first: int) -> l
     return made
 
 
+def _bound(plan: Plan) -> tuple[str, float, str]:
+    return plan.coding.kind, plan.coding.value, plan.coding.model
+
+
 def _resume(before: Archive, paths: list[str], fresh: list[str], store: str, wanted: Any, bounds: Any, values: int,
-            append: bool, command: str, grib_filter: dict[str, Any], runner: Runner,
+            append: bool, command: str, model: str, grib_filter: dict[str, Any], runner: Runner,
             progress: Progress | None) -> Outcome:  # fmt: skip
     """Finish what was interrupted; files that it did not know yet come after that."""
     here = {(os.path.basename(p), *_identity(p)): os.path.abspath(p) for p in paths}
@@ -702,7 +717,7 @@ def _resume(before: Archive, paths: list[str], fresh: list[str], store: str, wan
     limits = bounds(found.layout) if bounds else resolve(found.layout, wanted) if wanted else {}
     times = next((p.chunks[p.variable.dims.index(before.time)] for p in before.plans.values()
                   if p.chunks is not None and before.time in p.variable.dims), TIMES)  # fmt: skip
-    plans = _matched(before, make_plans(found, limits, times, values), found, first)
+    plans = _matched(before, make_plans(found, limits, times, values, model), found, first)
     layout = before.layout
     everything = before.members
     before.close()
@@ -712,7 +727,7 @@ def _resume(before: Archive, paths: list[str], fresh: list[str], store: str, wan
                    len(paths) - len(fresh) - len(members), resume=True)  # fmt: skip
     if fresh:
         more = encode_archive(fresh, store, wanted, bounds=bounds, times=times, values=values, append=append, command=command,
-                              grib_filter=grib_filter, runner=runner, progress=progress)  # fmt: skip
+                              model=model, grib_filter=grib_filter, runner=runner, progress=progress)  # fmt: skip
         outcome.steps, outcome.done.coded = more.steps, outcome.done.coded + more.done.coded
         outcome.done.raw += more.done.raw
     return outcome

@@ -106,6 +106,8 @@ def bound_text(kind: str, value: float, unit: str = "") -> str:
         return f"{value:g} {unit}".strip()
     if kind == "bits":
         return f"{value:.0%} of the real information"
+    if kind == "quality":
+        return f"quality {value:g}"
     return f"{value:.6g} of {'each value' if kind == 'relative' else 'the range of each chunk'}"
 
 
@@ -114,8 +116,8 @@ def tier(kind: str) -> str:
     return {"lossless": "lossless", "quality": "best effort"}.get(kind, "guaranteed")
 
 
-def lossy_attributes(attrs: dict[str, Any], kind: str, value: float, packed: bool, keep: int | None,
-                     container: str) -> dict[str, Any]:  # fmt: skip
+def lossy_attributes(attrs: dict[str, Any], kind: str, value: float, packed: bool, keep: int | None, container: str,
+                     model: str = "", worst: float | None = None) -> dict[str, Any]:  # fmt: skip
     """Attributes of a variable with the record of what was lost; what an earlier round wrote stays in front.
 
     Rounded floats follow CF 1.12, section 8.4 (lossy compression via quantization). CF has no names for bounds of other
@@ -123,10 +125,12 @@ def lossy_attributes(attrs: dict[str, Any], kind: str, value: float, packed: boo
     """
     unit = str(attrs.get("units", ""))
     text = f"neuralcodec {__version__}, {tier(kind)}: {_promise(kind, value, unit)}"
+    if kind == "quality":
+        text += f" of {model}" + ("" if worst is None else f"; largest error {worst:.3g} {unit}".rstrip())
     found = dict(attrs)
     found["lossy_compression"] = f"{attrs['lossy_compression']}; then {text}" if "lossy_compression" in attrs else text
-    if kind == "absolute":
-        found["lossy_compression_maximum_absolute_error"] = np.float64(value)
+    if kind == "absolute" or (kind == "quality" and worst is not None):
+        found["lossy_compression_maximum_absolute_error"] = np.float64(value if worst is None else worst)
     elif kind == "relative":
         found["lossy_compression_maximum_relative_error"] = np.float64(value)
     elif kind == "bits" and keep is not None:
@@ -137,6 +141,8 @@ def lossy_attributes(attrs: dict[str, Any], kind: str, value: float, packed: boo
 
 
 def _promise(kind: str, value: float, unit: str) -> str:
+    if kind == "quality":
+        return bound_text(kind, value)
     if kind == "bits":
         return f"rounded to {value:.0%} of the real information of each level"
     return f"maximum {'absolute' if kind == 'absolute' else kind} error {bound_text(kind, value, unit)}"

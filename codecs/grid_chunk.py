@@ -4,7 +4,8 @@
 
 A payload is a canonical CBOR array that says what it is, then data: ``[CONSTANT, raw]``; ``[LINEAR, first, step]`` of even
 steps, as coordinates have them (in float64, then rounded to the type); ``[BYTES]`` + LZMA2 of the raw values, all first bytes,
-then all second ones; ``[TEXTS]`` + LZMA2 of a CBOR list; ``[FIELD, NaN patterns, limits]`` + a payload of ``entropy.grid``.
+then all second ones; ``[TEXTS]`` + LZMA2 of a CBOR list; ``[FIELD, NaN patterns, limits]`` + a payload of ``entropy.grid``;
+``[NEURAL, NaN patterns, limits]`` + one of a network and, on it, one of ``entropy.grid`` (``codecs/grid_neural.py``).
 Packed integers are coded as integers: a bound in the variable's unit becomes a whole number of packing steps, so what was
 decoded is packed with the same scale and offset as before, and no rounding is added to the error. What is decoded within a
 bound is clipped to the limits, the smallest and largest value of the chunk: that never adds to an error, and keeps fractions
@@ -16,7 +17,7 @@ from __future__ import annotations
 import lzma
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,8 +25,14 @@ from ..container import cbor
 from ..container.errors import CorruptStream
 from ..media.grid import STRING, Layout
 
-CONSTANT, BYTES, TEXTS, FIELD, LINEAR = range(5)
-KINDS = ("lossless", "absolute", "relative", "range", "bits")
+if TYPE_CHECKING:
+    from ..entropy.grid import Bound
+    from .grid_neural import About
+
+CONSTANT, BYTES, TEXTS, FIELD, LINEAR, NEURAL = range(6)
+KINDS = ("lossless", "absolute", "relative", "range", "bits", "quality")
+BASE_LEVEL = 500
+"""Level 0..1000 of a network that a residual within a bound stands on."""
 GROUP_VALUES = 1 << 24
 SMALL = 512  # values below which a general compressor is as good as a model of fields, and without a bound:
 SMALL_LOSSLESS = 4096
@@ -38,7 +45,9 @@ class Coding:
     """How the chunks of a variable are coded. Plain values, so that it can stand in a header.
 
     ``kind`` and ``value`` are the bound, in the variable's unit; ``bits`` (kept by their real information): the share of the
-    information that is kept. ``axes``: see ``Layout.axes``. ``fills``: raw bytes of the values that mean 'missing'.
+    information that is kept; ``quality`` (0..100, best effort): of the network alone. ``model``: a network, ``codec:preset``;
+    within a bound it is used where that is smaller. ``axes``: see ``Layout.axes``. ``fills``: raw bytes of the values that
+    mean 'missing'.
     """
 
     dtype: str
@@ -49,6 +58,7 @@ class Coding:
     scale: float = 1.0
     offset: float = 0.0
     fills: tuple[bytes, ...] = ()
+    model: str = ""
 
     def plain(self) -> dict[str, Any]:
         """Without what is at its default."""
@@ -58,7 +68,7 @@ class Coding:
     def of(cls, plain: dict[str, Any]) -> Coding:
         """Inverse of ``plain``. CorruptStream for anything else."""
         types = {"dtype": str, "axes": str, "kind": str, "value": float, "periodic": bool, "scale": float, "offset": float,
-                 "fills": list}  # fmt: skip
+                 "fills": list, "model": str}  # fmt: skip
         if not isinstance(plain, dict) or any(type(v) is not types.get(k) for k, v in plain.items()):
             raise CorruptStream("header: bad description of a variable")
         try:
@@ -75,27 +85,39 @@ class Coding:
     def lossy(self) -> bool:
         return self.kind != "lossless"
 
+    @property
+    def level(self) -> int:
+        """Level of the network."""
+        return round(self.value * 10) if self.kind == "quality" else BASE_LEVEL
 
-def coding_of(layout: Layout, name: str, kind: str = "lossless", value: float = 0.0) -> Coding:
-    """The coding of a variable of a file within a bound."""
+
+def coding_of(layout: Layout, name: str, kind: str = "lossless", value: float = 0.0, model: str = "") -> Coding:
+    """The coding of a variable of a file within a bound. ``model``: a network for what is lossy."""
     variable = layout.variables[name]
     fills = tuple(np.asarray(f).tobytes() for f in variable.fills) if variable.dtype not in (STRING, "S1") else ()
     scale, offset = variable.scale if variable.packed else (1.0, 0.0)
-    return Coding(variable.dtype, layout.axes(name), kind, float(value), scale=scale, offset=offset, fills=fills)
+    return Coding(variable.dtype, layout.axes(name), kind, float(value), scale=scale, offset=offset, fills=fills,
+                  model="" if kind == "lossless" else model)  # fmt: skip
 
 
 @dataclass
 class Stats:
-    """What is known of a chunk once it is coded: ``values``, ``coded`` bytes, and for ``bits`` the mantissa bits kept."""
+    """What is known of a chunk once it is coded: ``values``, ``raw`` and ``coded`` bytes, for ``bits`` the mantissa bits kept,
+    for ``quality`` the bound that the error happens to have, and whether a network was used."""
 
     values: int
     raw: int
     coded: int
     keep: int | None = None
+    worst: float | None = None
+    neural: bool = False
 
 
-def encode_chunk(values: np.ndarray, coding: Coding, threads: int = 1) -> tuple[bytes, Stats]:
-    """Raw values, axes as ``coding.axes`` -> (payload, what it cost). The bound holds when this returns."""
+def encode_chunk(values: np.ndarray, coding: Coding, threads: int = 1, what: About | None = None) -> tuple[bytes, Stats]:
+    """Raw values, axes as ``coding.axes`` -> (payload, what it cost). The bound holds when this returns.
+
+    ``what`` the chunk is, for ``coding.model``; without it no network is used.
+    """
     stats = Stats(values.size, values.nbytes, 0)
     if coding.dtype == STRING:
         payload = cbor.encode([TEXTS]) + _packed(cbor.encode([str(v) for v in values.ravel()]))
@@ -106,9 +128,9 @@ def encode_chunk(values: np.ndarray, coding: Coding, threads: int = 1) -> tuple[
     elif values.size < (SMALL if coding.lossy else SMALL_LOSSLESS) or coding.dtype == "S1":
         payload = _bytes(values)
     elif coding.dtype[0] == "f":
-        payload, stats.keep = _encode_floats(values, coding, threads)
+        payload = _encode_floats(values, coding, threads, stats, what)
     else:
-        payload, stats.keep = _encode_integers(values, coding, threads)
+        payload = _encode_integers(values, coding, threads, stats, what)
     stats.coded = len(payload)
     return payload, stats
 
@@ -133,15 +155,15 @@ def decode_chunk(payload: bytes, shape: tuple[int, ...], coding: Coding, threads
     if kind == BYTES and len(fields) == 1:
         raw = np.frombuffer(_unpacked(body, count * dtype.itemsize), np.uint8).reshape(dtype.itemsize, count)
         return np.ascontiguousarray(raw.T).view(dtype).reshape(shape).astype(dtype.newbyteorder("="))
-    if kind == FIELD and len(fields) == 3 and isinstance(fields[1], list) and isinstance(fields[2], list):
-        return _decode_field(body, fields[1], fields[2], shape, coding, threads)
+    if kind in (FIELD, NEURAL) and len(fields) == 3 and isinstance(fields[1], list) and isinstance(fields[2], list):
+        return _decode_field(body, kind == NEURAL, fields[1], fields[2], shape, coding, threads)
     raise CorruptStream("chunk: unknown kind")
 
 
 # --- real numbers -----------------------------------------------------------------------------------------------------
 
 
-def _encode_floats(values: np.ndarray, coding: Coding, threads: int) -> tuple[bytes, int | None]:
+def _encode_floats(values: np.ndarray, coding: Coding, threads: int, stats: Stats, what: About | None) -> bytes:
     """Floats within their bound; fill values become NaN, of a pattern of their own where there are true ones as well."""
     from ..entropy.grid import Bound, encode_field
 
@@ -160,25 +182,56 @@ def _encode_floats(values: np.ndarray, coding: Coding, threads: int) -> tuple[by
         field[np.isnan(field)] = np.nan
         patterns[0][0] = 0
     payloads = (missing is None or bool(missing) or len(patterns) > 1) and not _canonical(field)
-    keep, bound = None, None
+    bound = None
     if coding.kind == "bits":
         from .bitinformation import keep_bits, rounded
 
         ordered = _ordered(field, coding.axes)
         keeps = keep_bits(ordered, coding.value)
         field = _restored(rounded(ordered, keeps), field.shape, coding.axes)
-        keep = min(keeps)
-    elif coding.lossy:
+        stats.keep = min(keeps)
+    elif coding.lossy and coding.kind != "quality":
         bound = Bound(coding.value, coding.kind)
     ordered = _ordered(field, coding.axes)
     options = {"periodic": coding.periodic, "threads": threads, "level_group": _level_group(ordered.shape)}
-    payload = encode_field(ordered, bound, nan_payloads=payloads, **options)
-    made = cbor.encode([FIELD, patterns, _limits(ordered) if bound else []]) + payload
+    kind, payload = _coded(ordered, bound, coding, stats, what, options | {"nan_payloads": payloads})
+    made = cbor.encode([kind, patterns, _limits(ordered) if coding.lossy and coding.kind != "bits" else []]) + payload
     if coding.lossy and _fill_within(ordered, coding) and _new_fills(made, values, coding, threads):
         ordered = _ordered(values, coding.axes)
         payload = encode_field(ordered, None, nan_payloads=True, **options)
-        made = cbor.encode([FIELD, [], []]) + payload
-    return made, keep
+        made, stats.neural, stats.worst = cbor.encode([FIELD, [], []]) + payload, False, None
+    return made
+
+
+def _coded(ordered: np.ndarray, bound: Bound | None, coding: Coding, stats: Stats, what: About | None,
+           options: dict[str, Any]) -> tuple[int, bytes]:  # fmt: skip
+    """(FIELD or NEURAL, payload) of a field within a bound, or of a quality: what is smaller."""
+    from ..entropy.grid import Bound, encode_field
+
+    plain = None if coding.kind == "quality" and what else encode_field(ordered, bound, **options)
+    if not coding.model or what is None or (plain is not None and bound is None):
+        return FIELD, plain or b""
+    from .grid_neural import encode_base, joined
+
+    real = ordered.astype(np.float64) * coding.scale + coding.offset if coding.dtype[0] in "iu" else ordered
+    neural, base = encode_base(real, what, coding.model, coding.level)
+    base = _in_steps(base, coding)
+    if coding.kind == "quality":
+        finite = np.isfinite(ordered)
+        worst = float(np.abs(ordered[finite] - base[finite]).max()) if finite.any() else 0.0
+        worst *= 1 + 2.0**-10  # so that no residual is left but the masks
+        stats.worst = worst * abs(coding.scale)
+        bound = Bound(worst)
+    both = joined(neural, encode_field(ordered, bound, base=base, **options))
+    if plain is not None and len(plain) <= len(both):
+        return FIELD, plain
+    stats.neural = True
+    return NEURAL, both
+
+
+def _in_steps(base: np.ndarray, coding: Coding) -> np.ndarray:
+    """The network's field on the packing's steps, by one subtraction and one division: the same bits everywhere."""
+    return (base - coding.offset) / coding.scale if coding.dtype[0] in "iu" else base
 
 
 def _limits(values: np.ndarray) -> list[float]:
@@ -199,7 +252,7 @@ def _new_fills(payload: bytes, values: np.ndarray, coding: Coding, threads: int)
     return any(((decoded == f) != (values == f)).any() for f in fills)
 
 
-def _decode_field(body: bytes, patterns: list, limits: list, shape: tuple[int, ...], coding: Coding,
+def _decode_field(body: bytes, neural: bool, patterns: list, limits: list, shape: tuple[int, ...], coding: Coding,
                   threads: int) -> np.ndarray:  # fmt: skip
     from ..entropy.grid import decode_field
 
@@ -210,7 +263,15 @@ def _decode_field(body: bytes, patterns: list, limits: list, shape: tuple[int, .
         known = {}
     if len(known) != len(patterns) or [type(v) for v in limits] not in ([], [float, float]):
         raise CorruptStream("chunk: bad fill values or limits")
-    field = decode_field(body, threads=threads, limit=math.prod(shape))
+    base = None
+    if neural:
+        from .grid_neural import decode_base, parted
+
+        if not coding.model:
+            raise CorruptStream("chunk: needs a network, which the header does not name")
+        first, body = parted(body)
+        base = _in_steps(decode_base(first, _four(shape, coding.axes), coding.model), coding)
+    field = decode_field(body, base=base, threads=threads, limit=math.prod(shape))
     carrier = dtype if dtype.kind == "f" else np.dtype("f8")
     if field.shape != _four(shape, coding.axes) or field.dtype not in (carrier, dtype):
         raise CorruptStream("chunk: another shape or type than the header says")
@@ -240,34 +301,37 @@ def _decode_field(body: bytes, patterns: list, limits: list, shape: tuple[int, .
 # --- integers ---------------------------------------------------------------------------------------------------------
 
 
-def _encode_integers(values: np.ndarray, coding: Coding, threads: int) -> tuple[bytes, int | None]:
+def _encode_integers(values: np.ndarray, coding: Coding, threads: int, stats: Stats, what: About | None) -> bytes:
     """Integers, packed reals or not: as a field of whole numbers where these are exact, or as bytes, whatever is smaller."""
     from ..entropy.grid import Bound, encode_field
 
-    (steps, keep), reach = _steps(values, coding), max(abs(int(values.min())), abs(int(values.max())))
-    best = None if steps or values.size > 1 << 20 else _bytes(values)
+    (steps, stats.keep), reach = _steps(values, coding), max(abs(int(values.min())), abs(int(values.max())))
+    lossy = steps > 0 or coding.kind == "quality"
+    best = None if lossy or values.size > 1 << 20 else _bytes(values)
     fills = [np.frombuffer(raw, values.dtype)[0] for raw in coding.fills]
     present = [f for f in fills if (values == f).any()]
     options: dict[str, Any] = {"periodic": coding.periodic, "threads": threads}
-    if not steps and not present and values.dtype.itemsize <= 4 and values.dtype != np.uint32:
+    if not lossy and not present and values.dtype.itemsize <= 4 and values.dtype != np.uint32:
         ordered = _ordered(values, coding.axes)
         made = cbor.encode([FIELD, [], []]) + encode_field(ordered, level_group=_level_group(ordered.shape), **options)
-        return (made if best is None or len(made) < len(best) else best), keep
+        return made if best is None or len(made) < len(best) else best
     if reach >= 1 << 50:  # beyond what float64 holds with room for a half
-        return best or _bytes(values), keep
+        return best or _bytes(values)
     field, patterns = values.astype(np.float64), []
     if len(present) == 1:
         field[values == present[0]] = np.nan
         patterns = [[0, present[0].tobytes()]]
     elif len(present) > 1:
-        steps = 0
+        steps, lossy = 0, False
     # a lattice of step 2k + 1: every cell of it holds as many integers on both sides of its middle
     ordered = _ordered(field, coding.axes)
-    payload = encode_field(ordered, Bound(steps + 0.5), level_group=_level_group(ordered.shape), **options)
-    made = cbor.encode([FIELD, patterns, _limits(field) if steps else []]) + payload
-    if steps and _fill_within(field, coding) and _new_fills(made, values, coding, threads):
-        return _encode_integers(values, replace(coding, kind="lossless"), threads)
-    return (made if best is None or len(made) < len(best) else best), keep
+    options["level_group"] = _level_group(ordered.shape)
+    kind, payload = _coded(ordered, Bound(steps + 0.5), coding, stats, what if lossy else None, options)
+    made = cbor.encode([kind, patterns, _limits(field) if lossy else []]) + payload
+    if lossy and _fill_within(field, coding) and _new_fills(made, values, coding, threads):
+        stats.neural, stats.worst = False, None
+        return _encode_integers(values, replace(coding, kind="lossless", value=0.0), threads, stats, None)
+    return made if best is None or len(made) < len(best) else best
 
 
 def _steps(values: np.ndarray, coding: Coding) -> tuple[int, int | None]:
@@ -275,7 +339,7 @@ def _steps(values: np.ndarray, coding: Coding) -> tuple[int, int | None]:
 
     Relative bounds are those of the smallest magnitude.
     """
-    if not coding.lossy or coding.scale == 0 or not math.isfinite(coding.scale):
+    if not coding.lossy or coding.kind == "quality" or coding.scale == 0 or not math.isfinite(coding.scale):
         return 0, None
     valid = np.ones(values.shape, bool)
     for raw in coding.fills:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 SUFFIXES = {".nc", ".nc4", ".cdf", ".netcdf", ".grib", ".grib2", ".grb", ".grb2", ".grib1", ".grb1", ".zarr"}
 NETCDF = (".nc", ".nc4", ".cdf", ".netcdf")
 SHARE = 0.99
+QUALITY = 50.0
+MODEL = "vaeformer:light"
 EXAMPLES = """fields (netCDF, GRIB, Zarr):
   codec encode x.nc                          lossless: every bit comes back
   codec encode x.nc --max-error t=0.05K,z=10,q=1%   no value is further off than that; the rest is lossless
@@ -41,6 +43,9 @@ def add_encode_arguments(parser: argparse.ArgumentParser) -> None:
              "a part of each value (q=1%%), or of the range of each chunk (r=0.1%%range); * stands for all others")  # fmt: skip
     add("--bits-of-real-information", nargs="?", type=float, const=SHARE, metavar="SHARE", dest="real_bits",
         help=f"round fields without a bound to the mantissa bits that hold this share of the information (default {SHARE})")
+    add("--best-effort", nargs="?", type=float, const=QUALITY, metavar="Q",
+        help=f"code fields without a bound by a network alone, quality 0..100 (default {QUALITY:g}): small, no promise; with a "
+             "bound and -m vaeformer:PRESET the network is used where that is smaller")  # fmt: skip
     add("--lossless", action="store_true", help="every bit comes back (what happens without a bound, too)")
     add("--chunk-times", type=int, metavar="N", help="time steps that are coded together (default 4)")
     add("--grib-filter", action="append", metavar="KEY=VALUE", help="take only these messages, as in typeOfLevel=surface")
@@ -77,8 +82,14 @@ def wants_archive(args: argparse.Namespace) -> bool:
 
 def check(args: argparse.Namespace) -> None:
     """UsageError for options that contradict each other or have no meaning for fields."""
-    if args.lossless and (args.max_error or args.real_bits is not None):
+    if args.lossless and (args.max_error or args.real_bits is not None or args.best_effort is not None):
         raise UsageError("--lossless with a bound on the error: leave one of them out")
+    if args.best_effort is not None and not 0 <= args.best_effort <= 100:
+        raise UsageError(f"--best-effort {args.best_effort:g}: is a quality 0..100")
+    if args.best_effort is not None and args.real_bits is not None:
+        raise UsageError("--best-effort and --bits-of-real-information are both for fields without a bound; leave one out")
+    if args.model and not args.model.startswith("vaeformer"):
+        raise UsageError(f"-m {args.model}: does not code fields; vaeformer:light does")
     if args.real_bits is not None and not 0 < args.real_bits < 1:
         raise UsageError(f"--bits-of-real-information {args.real_bits:g}: is a share between 0 and 1, such as 0.99")
     if args.chunk_times is not None and args.chunk_times < 1:
@@ -95,9 +106,11 @@ def _bounds_of(args: argparse.Namespace) -> Callable[[Layout], dict[str, tuple[s
 
     def bounds(layout: Layout) -> dict[str, tuple[str, float]]:
         found = resolve(layout, wanted)
+        free = [n for n in found if n not in wanted and "*" not in wanted]
         if args.real_bits is not None:
-            named = {n for n in found if n in wanted or "*" in wanted}
-            found |= {n: ("bits", args.real_bits) for n in found if n not in named}
+            found |= {n: ("bits", args.real_bits) for n in free}
+        if args.best_effort is not None:
+            found |= {n: ("quality", args.best_effort) for n in free}
         return found
 
     return bounds
@@ -118,11 +131,14 @@ def _command(args: argparse.Namespace) -> str:
     words = ["codec encode"]
     words += [f"--max-error {','.join(args.max_error)}"] if args.max_error else []
     words += [f"--bits-of-real-information {args.real_bits:g}"] if args.real_bits is not None else []
+    words += [f"--best-effort {args.best_effort:g}"] if args.best_effort is not None else []
     return " ".join(words)
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    return {"command": _command(args)} | ({"times": args.chunk_times} if args.chunk_times else {})
+    model = args.model or (MODEL if args.best_effort is not None else "")
+    model = f"{model}:light" if model and ":" not in model else model
+    return {"command": _command(args), "model": model} | ({"times": args.chunk_times} if args.chunk_times else {})
 
 
 @contextlib.contextmanager
@@ -204,6 +220,9 @@ def encode_file(args: argparse.Namespace, name: str, target: str) -> None:
         if field in stats:
             rows[field] |= {"bytes": stats[field].coded, "ratio_float32": v.size * 4 / stats[field].coded,
                             "ratio_int16": v.size * 2 / stats[field].coded}  # fmt: skip
+            rows[field] |= {"network": stats[field].neural}
+            if limits[field][0] == "quality":
+                _say_unknown(layout, field, name)
         if field in worst:
             rows[field]["max_error_over_bound"] = worst[field]
     values = sum(r["values"] for r in rows.values())
@@ -212,14 +231,25 @@ def encode_file(args: argparse.Namespace, name: str, target: str) -> None:
            "seconds": round(seconds, 3), "mb_per_second": round(values * 4 / 1e6 / max(seconds, 1e-6), 2)}  # fmt: skip
     text = f"{len(rows)} fields, {size:,} bytes, {row['ratio_float32']:.1f} times smaller than float32"
     text += f" ({row['ratio_int16']:.1f} than int16)"
-    bounds_text = ", ".join(f"{n} {r['bound']}" for n, r in rows.items() if r["tier"] != "lossless")
-    if not bounds_text and rows and not args.lossless and not args.quiet:
+    lossy = any(r["tier"] != "lossless" for r in rows.values())
+    if not lossy and rows and not args.lossless and not args.quiet:
         say(f"codec: {name}: no bound was given, so every bit is kept; --max-error {next(iter(rows))}=TOL makes it smaller")
-    text += f"; guaranteed: {bounds_text}" if bounds_text else "; lossless"
+    for promise in sorted({r["tier"] for r in rows.values()} - {"lossless"}):
+        text += f"; {promise}: " + ", ".join(f"{n} {r['bound']}" for n, r in rows.items() if r["tier"] == promise)
+    text += "" if lossy else "; lossless"
     checked = ", verified" if args.verify else ""
     report(args, row, f"{name} -> {target}: {text}{checked}, {seconds:.2f} s, {row['mb_per_second']:.1f} MB/s")
     if args.rm:
         shutil.rmtree(name) if os.path.isdir(name) else os.unlink(name)
+
+
+def _say_unknown(layout: Layout, field: str, name: str) -> None:
+    """The network knows some variables by their statistics over decades; of others it takes those of the data."""
+    from ..cli import say
+    from .grid_neural import short_name
+
+    if short_name(layout, field) == "other":
+        say(f"codec: {name}: the network does not know {field}; its mean and spread are taken from the data")
 
 
 def encode_archive(args: argparse.Namespace, names: list[str]) -> int:

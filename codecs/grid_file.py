@@ -110,13 +110,13 @@ def is_periodic(source: Source, name: str, axes: str) -> bool:
     return bool(np.abs(np.abs(steps) - step).max() < 0.02 * step and abs(step * len(values) - 360) < 0.02 * step)
 
 
-def make_plans(source: Source, bounds: dict[str, tuple[str, float]], times: int = TIMES,
-               values: int = CHUNK_VALUES) -> list[Plan]:  # fmt: skip
+def make_plans(source: Source, bounds: dict[str, tuple[str, float]], times: int = TIMES, values: int = CHUNK_VALUES,
+               model: str = "") -> list[Plan]:  # fmt: skip
     """How each variable of a file is coded. ``bounds``: (kind, value) by name, see ``grid_bounds.resolve``."""
     layout, plans = source.layout, []
     for name, variable in layout.variables.items():
         kind, value = bounds.get(name, ("lossless", 0.0))
-        coding = coding_of(layout, name, kind, value)
+        coding = coding_of(layout, name, kind, value, model)
         chunks = None
         if variable.nbytes > INLINE or coding.lossy:
             chunks = chunk_shape(variable.shape, coding.axes, times, values)
@@ -185,18 +185,23 @@ def ordered_map(tasks: Iterator[Any], work: Callable[[Any], Any], workers: int) 
                 future.cancel()
 
 
-def lossy_layout(layout: Layout, plans: list[Plan], keeps: dict[str, int], command: str, when: str) -> Layout:
-    """The layout of the decoded file: the original's with the record of what was lost."""
+def lossy_layout(layout: Layout, plans: list[Plan], keeps: dict[str, int], command: str, when: str,
+                 worst: dict[str, float] | None = None) -> Layout:  # fmt: skip
+    """The layout of the decoded file: the original's with the record of what was lost.
+
+    ``keeps``: mantissa bits kept, where bits decide; ``worst``: bounds that best effort happens to keep.
+    """
     lossy = [p for p in plans if p.coding.lossy]
     if not lossy:
         return layout
     variables = dict(layout.variables)
+    worst = worst or {}
     container = "quantization_info"
     while container in variables and variables[container].attrs.get("algorithm") != "bitround":
         container += "_neuralcodec"
     for plan in lossy:
         v, c = variables[plan.variable.name], plan.coding
-        attrs = lossy_attributes(v.attrs, c.kind, c.value, v.packed, keeps.get(v.name), container)
+        attrs = lossy_attributes(v.attrs, c.kind, c.value, v.packed, keeps.get(v.name), container, c.model, worst.get(v.name))
         variables[v.name] = replace(v, attrs=attrs)
     if any("quantization_nsb" in variables[p.variable.name].attrs for p in lossy) and container not in variables:
         from .. import __version__
@@ -215,16 +220,25 @@ def now() -> str:
 
 def encode_grid(source: Source, bounds: dict[str, tuple[str, float]], out: BinaryIO, folder: str, *,
                 command: str = "codec encode", times: int = TIMES, values: int = CHUNK_VALUES, workers: int = 1,
-                progress: Progress | None = None) -> dict[str, Stats]:  # fmt: skip
-    """Write ``source`` as an ``.nlc`` file to ``out``; what each chunked variable cost. ``folder`` takes a temporary file."""
-    layout, plans = source.layout, make_plans(source, bounds, times, values)
+                model: str = "", progress: Progress | None = None) -> dict[str, Stats]:  # fmt: skip
+    """Write ``source`` as an ``.nlc`` file to ``out``; what each chunked variable cost. ``folder`` takes a temporary file.
+
+    ``model``: a network for what is lossy, see ``grid_neural``.
+    """
+    layout, plans = source.layout, make_plans(source, bounds, times, values, model)
+    identity = identity_of(plans)
     tasks = ((p, box) for p in plans if p.chunks is not None for _, box in p.boxes())
     done = Done(of=sum(p.count for p in plans), raw_total=sum(p.variable.nbytes for p in plans if p.chunks is not None))
     stats: dict[str, Stats] = {}
 
     def work(task: tuple[Plan, Box]) -> tuple[Plan, bytes, Stats]:
         plan, box = task
-        return plan, *encode_chunk(source.read(plan.variable.name, box), plan.coding)
+        what = None
+        if plan.coding.model:
+            from .grid_neural import about
+
+            what = about(source, plan.variable.name, plan.coding.axes, box)
+        return plan, *encode_chunk(source.read(plan.variable.name, box), plan.coding, what=what)
 
     with tempfile.TemporaryFile(dir=folder, prefix=".nlc-", suffix=".partial") as file:
         spool = Spool(file)
@@ -234,11 +248,15 @@ def encode_grid(source: Source, bounds: dict[str, tuple[str, float]], out: Binar
             total.values, total.raw, total.coded = total.values + cost.values, total.raw + cost.raw, total.coded + cost.coded
             if cost.keep is not None:
                 total.keep = cost.keep if total.keep is None else min(total.keep, cost.keep)
+            if cost.worst is not None:
+                total.worst = max(total.worst or 0.0, cost.worst)
+            total.neural |= cost.neural
             done.chunks, done.raw, done.coded = done.chunks + 1, done.raw + cost.raw, done.coded + cost.coded
             if progress:
                 progress(done)
         keeps = {name: s.keep for name, s in stats.items() if s.keep is not None}
-        final = lossy_layout(layout, plans, keeps, command, now())
+        worst = {name: s.worst for name, s in stats.items() if s.worst is not None}
+        final = lossy_layout(layout, plans, keeps, command, now(), worst)
         inline = {p.variable.name: source.read(p.variable.name) for p in plans if p.chunks is None}
         for name in final.variables.keys() - layout.variables.keys():
             inline[name] = np.zeros((), "i4")
@@ -252,10 +270,20 @@ def encode_grid(source: Source, bounds: dict[str, tuple[str, float]], out: Binar
                      | ({} if p.chunks is None else {"c": list(p.chunks)}) | _unit(p) for p in plans],
         }  # fmt: skip
         try:
-            spool.finish(Stream(CODEC, PRESET, NO_MODEL, header), out)
+            spool.finish(Stream(*identity, header), out)
         except (TypeError, ValueError) as error:
             raise UnsupportedInput(f"{source.path}: {error}") from None
     return stats
+
+
+def identity_of(plans: list[Plan]) -> tuple[str, str, bytes]:
+    """Codec, preset and model id of a file: those of its network where one is used."""
+    if not (models := {p.coding.model for p in plans if p.coding.model}):
+        return CODEC, PRESET, NO_MODEL
+    from .grid_neural import load
+
+    codec = load(models.pop())
+    return codec.name, codec.preset, codec.model_id
 
 
 def _unit(plan: Plan) -> dict[str, str]:
@@ -310,6 +338,8 @@ class GridFile:
                 return self._cache[key]
         plan = self.plans[name]
         box = plan.box(tuple(int(i) for i in np.unravel_index(number, plan.grid)))
+        if plan.coding.model:
+            self._check_model(plan.coding.model)
         try:
             with self._lock:
                 payload = read_segment(self._file, self._entries[name][number])
@@ -322,6 +352,14 @@ class GridFile:
             while self._cached > CACHE and len(self._cache) > 1:
                 self._cached -= self._cache.popitem(last=False)[1].nbytes
         return values
+
+    def _check_model(self, model: str) -> None:
+        """ModelMissing, ModelMismatch, and CorruptStream for a variable that names another network than the file."""
+        from .grid_neural import load
+
+        if model != f"{self.head.codec}:{self.head.preset}":
+            raise CorruptStream(f"{self.path}: names two networks")
+        load(model, self.head.model_id)
 
     def read(self, name: str, box: Box | None = None) -> np.ndarray:
         """Raw values of a box (slices with positive steps or none) of a variable; only its chunks are read."""
@@ -556,6 +594,8 @@ def _over_bound(a: np.ndarray, b: np.ndarray, plan: Plan, variable: Variable) ->
         bound *= float(np.ptp(x))
     elif plan.coding.kind == "relative":
         bound = bound * np.abs(x)
+    elif plan.coding.kind == "quality":
+        bound = float(variable.attrs["lossy_compression_maximum_absolute_error"]) * (1 + 2.0**-20)
     elif plan.coding.kind == "bits":
         bound = float(variable.attrs["lossy_compression_maximum_relative_error"]) * np.abs(x)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -18,7 +18,7 @@ import numpy as np
 from zarr.abc.codec import ArrayBytesCodec
 from zarr.core.common import parse_named_configuration
 
-from ..codecs.grid_chunk import Coding, Stats, decode_chunk, encode_chunk
+from ..codecs.grid_chunk import KINDS, Coding, Stats, decode_chunk, encode_chunk
 from ..container.errors import CorruptStream
 from ..container.format import crc32c
 
@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from zarr.core.array_spec import ArraySpec
     from zarr.core.buffer import Buffer, NDBuffer
 
+    from ..codecs.grid_neural import About
+
 NAME = "neuralcodec"
 
 
-def frame(values: np.ndarray, coding: Coding) -> tuple[bytes, Stats]:
-    """Bytes of a chunk, with their checksum, and what they cost."""
-    payload, stats = encode_chunk(values, coding)
+def frame(values: np.ndarray, coding: Coding, what: About | None = None) -> tuple[bytes, Stats]:
+    """Bytes of a chunk, with their checksum, and what they cost. ``what``: see ``encode_chunk``."""
+    payload, stats = encode_chunk(values, coding, what=what)
     stats.coded += 4
     return payload + crc32c(payload).to_bytes(4, "little"), stats
 
@@ -67,17 +69,24 @@ class NeuralcodecCodec(ArrayBytesCodec):
     offset: float = 0.0
     fills: tuple[str, ...] = ()
     variable: str = ""
+    model: str = ""
+    model_id: str = ""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("lossless", "absolute", "relative", "range", "bits") or not 0 <= self.value < float("inf"):
+        if self.kind not in KINDS or not 0 <= self.value < float("inf"):
             raise ValueError(f"neuralcodec: no bound is {self.kind} {self.value}")
         object.__setattr__(self, "fills", tuple(self.fills))
 
     @classmethod
     def of(cls, coding: Coding, variable: str = "") -> NeuralcodecCodec:
         """The codec of a coding."""
+        identity = ""
+        if coding.model:
+            from ..codecs.grid_neural import load
+
+            identity = load(coding.model).model_id.hex()
         return cls(coding.axes, coding.kind, coding.value, coding.periodic, coding.scale, coding.offset,
-                   tuple(f.hex() for f in coding.fills), variable)  # fmt: skip
+                   tuple(f.hex() for f in coding.fills), variable, coding.model, identity)  # fmt: skip
 
     def coding(self, dtype: np.dtype, ndim: int) -> Coding:
         """What the chunks of an array are coded with."""
@@ -86,8 +95,9 @@ class NeuralcodecCodec(ArrayBytesCodec):
             raise ValueError(f"neuralcodec: axes {axes!r} for an array of {ndim} dimensions")
         fills = tuple(bytes.fromhex(f) for f in self.fills)
         code = np.dtype(dtype).newbyteorder("=").str.lstrip("=<>|")
-        return Coding(code, axes, self.kind if self.value else "lossless", float(self.value), self.periodic, float(self.scale),
-                      float(self.offset), fills)  # fmt: skip
+        kind = self.kind if self.value or self.kind == "quality" else "lossless"
+        return Coding(code, axes, kind, float(self.value), self.periodic, float(self.scale), float(self.offset), fills,
+                      self.model)  # fmt: skip
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> NeuralcodecCodec:
@@ -96,7 +106,7 @@ class NeuralcodecCodec(ArrayBytesCodec):
 
     def to_dict(self) -> dict[str, Any]:
         defaults = NeuralcodecCodec()
-        names = ("axes", "kind", "value", "periodic", "scale", "offset", "fills", "variable")
+        names = ("axes", "kind", "value", "periodic", "scale", "offset", "fills", "variable", "model", "model_id")
         plain = {k: getattr(self, k) for k in names if getattr(self, k) != getattr(defaults, k)}
         if "fills" in plain:
             plain["fills"] = list(self.fills)
@@ -112,6 +122,10 @@ class NeuralcodecCodec(ArrayBytesCodec):
 
     async def _decode_single(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> NDBuffer:
         coding = self.coding(np.dtype(chunk_spec.dtype), len(chunk_spec.shape))
+        if self.model:
+            from ..codecs.grid_neural import load
+
+            load(self.model, bytes.fromhex(self.model_id))
         try:
             values = await asyncio.to_thread(unframe, chunk_bytes.to_bytes(), chunk_spec.shape, coding)
         except CorruptStream as error:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import netCDF4
@@ -16,11 +17,12 @@ import xarray
 from damage import mutations
 from grids import field, write
 from neuralcodec.cli import main
-from neuralcodec.codecs import bitinformation
+from neuralcodec.codecs import bitinformation, grid_neural
 from neuralcodec.codecs.grid_bounds import parse_bounds, resolve
 from neuralcodec.codecs.grid_chunk import Coding, decode_chunk, encode_chunk
 from neuralcodec.codecs.grid_file import GridFile, chunk_shape, decode_grid, encode_grid, verify
-from neuralcodec.container.errors import CodecError, CorruptStream, UnsupportedInput, UsageError
+from neuralcodec.codecs.grid_neural import About
+from neuralcodec.container.errors import CodecError, CorruptStream, ModelMismatch, UnsupportedInput, UsageError
 from neuralcodec.container.format import loads
 from neuralcodec.media.grid import atomic_netcdf, open_grid
 from neuralcodec.media.units import factor
@@ -312,6 +314,87 @@ def test_xarray_opens_it_lazily_and_selects_anything(tmp_path):
     target = decoded((tmp_path / "x.nlc").read_bytes(), tmp_path / "y.nc")
     with xarray.open_dataset(target) as plain:
         assert plain.identical(reference)
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    """Untrained weights of vaeformer:test in a folder of their own: exact like trained ones."""
+    import torch
+    from neuralcodec.codecs import registry
+    from neuralcodec.codecs.vaeformer import VAEformer
+    from neuralcodec.train.freeze import freeze_codec
+
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(3)
+    freeze_codec(VAEformer.from_preset("test"), folder, {})
+    before = os.environ.get("NEURALCODEC_WEIGHTS")
+    os.environ["NEURALCODEC_WEIGHTS"] = str(folder)
+    registry._loaded.pop(("vaeformer", "test"), None)
+    yield "vaeformer:test"
+    registry._loaded.pop(("vaeformer", "test"), None)
+    os.environ.pop("NEURALCODEC_WEIGHTS") if before is None else os.environ.update(NEURALCODEC_WEIGHTS=before)
+
+
+def test_best_effort_is_labelled_and_says_its_error(tmp_path, network, capsys):
+    source = write(tmp_path / "x.nc", times=2, levels=2)
+    assert main(["encode", str(source), "--best-effort", "30", "-m", network, "--verify", "--max-error", "u=0.1m/s"]) == 0
+    assert "best effort: t quality 30" in (err := capsys.readouterr().err) and "guaranteed: u 0.1 m s**-1" in err
+    assert main(["info", str(tmp_path / "x.nlc")]) == 0
+    assert "vaeformer:test" in (out := capsys.readouterr().out) and "best effort: quality 30" in out
+    assert main(["decode", str(tmp_path / "x.nlc"), "-o", str(tmp_path / "y.nc")]) == 0
+    with xarray.open_dataset(source) as x, xarray.open_dataset(tmp_path / "y.nc") as y:
+        said = y.t.attrs["lossy_compression_maximum_absolute_error"]
+        assert "best effort: quality 30 of vaeformer:test; largest error" in y.t.attrs["lossy_compression"]
+        assert 0 < float(np.abs(x.t - y.t).max()) <= said
+        assert float(np.abs(x.u - y.u).max()) <= 0.1 and np.array_equal(np.isnan(x.u), np.isnan(y.u))
+        assert float(y.t.min()) >= float(x.t.min()) and float(y.t.max()) <= float(x.t.max())
+    with xarray.open_dataset(tmp_path / "x.nlc") as lazy, xarray.open_dataset(tmp_path / "y.nc") as y:
+        assert lazy.t.equals(y.t)
+
+
+def test_a_network_under_a_bound(network):
+    """A field that the network's untrained decoder happens to make is coded with it; any other is smaller without."""
+    what = About("t", (500,), np.linspace(90, -90, 24))
+    x = field(1, 24, 48)[None]
+    _, base = grid_neural.encode_base(x, what, network, 500)
+    coding = Coding("f4", "TLYX", "absolute", 0.5, model=network)
+    for values, neural in ((x, False), (base.astype("f4") + np.float32(1e-3), None)):
+        payload, stats = encode_chunk(values, coding, what=what)
+        assert np.abs(decode_chunk(payload, values.shape, coding).astype("f8") - values).max() <= 0.5
+        assert stats.neural is False if neural is False else payload[1] in (3, 5)
+    best = Coding("i2", "TLYX", "quality", 50.0, scale=0.02, offset=250.0, fills=(np.int16(-1).tobytes(),), model=network)
+    packed = np.rint((x - 250) / 0.02).astype("i2")
+    packed[0, 0, :5, :5] = -1
+    payload, stats = encode_chunk(packed, best, what=what)
+    back = decode_chunk(payload, packed.shape, best)
+    assert stats.neural and payload[1] == 5 and np.array_equal(back == -1, packed == -1)
+    assert np.abs((back.astype(float) - packed) * 0.02).max() <= stats.worst + 0.01
+    for n in (4, 8, len(payload) // 2):
+        with pytest.raises(CorruptStream):
+            decode_chunk(payload[:n], packed.shape, best)
+    with pytest.raises(CorruptStream, match="needs a network"):
+        decode_chunk(payload, packed.shape, Coding("i2", "TLYX", "absolute", 0.5))
+
+
+def test_files_that_need_other_weights_say_so(tmp_path, network, monkeypatch):
+    source = write(tmp_path / "x.nc", times=1, levels=1)
+    assert main(["encode", str(source), "--best-effort", "-m", network]) == 0
+    with GridFile(tmp_path / "x.nlc") as grid:
+        grid.head = replace(grid.head, model_id=b"12345678")
+        with pytest.raises(ModelMismatch, match="3132333435363738"):
+            grid.read("t")
+    assert main(["encode", str(source), "-f", "--best-effort", "-m", "hyperprior:light"]) == 2
+
+
+def test_what_a_network_is_told(tmp_path):
+    with open_grid(write(tmp_path / "x.nc", times=2, levels=3)) as source:
+        box = (slice(0, 2), slice(1, 3), slice(4, 19), slice(0, 36))
+        what = grid_neural.about(source, "t", "TLYX", box)
+        assert what.name == "t" and what.pressures == (200, 100)
+        assert np.allclose(what.latitude, np.linspace(90, -90, 19)[4:])
 
 
 # --- what a user may ask for ------------------------------------------------------------------------------------------
