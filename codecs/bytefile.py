@@ -140,16 +140,17 @@ def encode_file(
     pieces = codec.pieces(source)
     watched = progress is not None and total > 0 and codec.watch(progress, total)
 
-    def work(piece: bytes) -> tuple[int, list[bytes]]:
+    def work(piece: bytes) -> tuple[bytes, list[bytes]]:
         made = codec.encode_block(piece, effort)
         if verify and b"".join(map(codec.decode_block, made)) != piece:
             raise CorruptStream("verification failed: other bytes came back")
-        return len(piece), made
+        return piece, made
 
     with tempfile.SpooledTemporaryFile(_IN_MEMORY) as waiting:
         spool, sizes = Spool(waiting), []
-        for length, made in _ordered(work, pieces, min(jobs, MOST_JOBS)):
-            summary.length += length
+        piece = b""
+        for piece, made in _ordered(work, pieces, min(jobs, MOST_JOBS)):
+            summary.length += len(piece)
             for block in made:
                 spool.add(Segment("data", block))
                 sizes.append(len(block))
@@ -158,24 +159,36 @@ def encode_file(
             if progress and not watched:
                 progress(summary.length, max(total, summary.length))
         used = set(summary.methods) - {framing.STORED}
-        if not used:
-            codec = Raw(None, "")
-            waiting.seek(0)
-            with tempfile.SpooledTemporaryFile(_IN_MEMORY) as plain:
-                spool = Spool(plain)
-                for size in sizes:
-                    block = waiting.read(size + 4)[:size]
-                    spool.add(Segment("data", block[framing.describe(block).start :]))
-                summary.size = spool.finish(Stream(codec.name, codec.preset, b"", {}), out)
+        if used == {framing.MIXED} and "cm" in codec.presets:
+            preset, model_id = "cm", b""  # no weights are needed to decode it
         else:
-            if used == {framing.MIXED}:
-                preset, model_id = "cm", b""  # no weights are needed to decode it
-            else:
-                preset, model_id = codec.preset, codec.model_id
-            summary.size = spool.finish(Stream(codec.name, preset, model_id, codec.header()), out)
-            summary.model = f"{codec.name}:{preset}"
-    summary.model = summary.model or codec.name
+            preset, model_id = codec.preset, codec.model_id
+        stream = Stream(codec.name, preset, model_id, codec.header())
+        summary.model = f"{codec.name}:{preset}"
+        if len(piece) == summary.length:  # in memory still: even a few bytes more are seen
+            coded, plain = io.BytesIO(), io.BytesIO()
+            summary.size, raw = spool.finish(stream, coded), _finish_raw([piece] if piece else [], plain)
+            if raw <= summary.size:
+                coded, summary.size, summary.model = plain, raw, Raw.name
+                summary.methods = {framing.STORED: summary.length} if piece else {}
+            out.write(coded.getbuffer())
+        elif used:
+            summary.size = spool.finish(stream, out)
+        else:
+            waiting.seek(0)
+            stored = (waiting.read(size + 4)[:size] for size in sizes)
+            summary.size = _finish_raw((block[framing.describe(block).start :] for block in stored), out)
+            summary.model = Raw.name
     return summary
+
+
+def _finish_raw(pieces: Iterable[bytes], out: BinaryIO) -> int:
+    """Write a file of bytes as they are; its size."""
+    with tempfile.SpooledTemporaryFile(_IN_MEMORY) as waiting:
+        spool = Spool(waiting)
+        for piece in pieces:
+            spool.add(Segment("data", piece))
+        return spool.finish(Stream(Raw.name, "", b"", {}), out)
 
 
 def _payloads(file: BinaryIO, head: Head) -> Iterator[bytes]:
@@ -253,7 +266,7 @@ def read_range(codec: BytesCodec, head: Head, file: BinaryIO, start: int, size: 
     parts, at = [], 0
     found: list[tuple[Entry, int]] = list(zip(head.entries, lengths(head, file)))
     for entry, length in found:
-        if at < start + size and start < at + length:
+        if max(at, start) < min(at + length, start + size):
             data = codec.decode_block(read_segment(file, entry))
             parts.append(data[max(start - at, 0) : start + size - at])
         at += length
