@@ -1,6 +1,6 @@
 """Made the golden files of bytes, once. Never run by a test; a new format version adds files, it replaces none.
 
-    python tests/golden/make_bytes.py
+    python tests/golden/make_bytes.py [LABEL...]
 """
 
 import hashlib
@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 
-def main() -> None:
+def main(labels: list[str]) -> None:
     from neuralcodec.codecs import registry
     from neuralcodec.codecs.bytefile import encode_bytes
     from test_bytes_binary import TEXT, bitmap, records
@@ -32,7 +32,7 @@ def main() -> None:
     index = json.loads(path.read_text()) if path.exists() else {}
     for label, (preset, data, effort) in cases.items():
         name = f"bytes-{label}.nlc"
-        if (HERE / name).exists():
+        if (HERE / name).exists() or labels and label not in labels:
             continue  # golden files are never replaced
         (HERE / name).write_bytes(encode_bytes(registry.load("nacrith", preset), data, effort))
         index[name] = hashlib.sha256(data).hexdigest()
@@ -40,4 +40,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
