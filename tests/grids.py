@@ -43,11 +43,11 @@ def write(path: Path, times: int = 6, levels: int = 2, rows: int = 19, columns: 
         make("longitude", "f4", ("longitude",), longitude, {"units": "degrees_east", "standard_name": "longitude"})
         attrs = {"units": "K", "long_name": "Temperature", "valid_range": np.array([0, 400], "f4"),
                  "cell_methods": "time: mean", "coordinates": "station"}  # fmt: skip
-        t = field(first + times, levels, rows, columns)[first:]
+        t = field(times, levels, rows, columns, seed=2 * first)
         dims = ("time", "level", "latitude", "longitude")
         make("t", "f4", dims, t, attrs, zlib=True, shuffle=True, complevel=4, chunksizes=(1, 1, rows, columns))
         packing = {"units": "m s**-1", "scale_factor": 0.01, "add_offset": 1.5, "missing_value": np.int16(-32767)}
-        u = np.rint((field(first + times, levels, rows, columns, seed=1, mean=0.0)[first:] - 1.5) / 0.01).astype(np.int16)
+        u = np.rint((field(times, levels, rows, columns, seed=2 * first + 1, mean=0.0) - 1.5) / 0.01).astype(np.int16)
         u[:, :, :2, :3] = -32767
         make("u", "i2", dims, u, packing, fill_value=np.int16(-32767))
         make("mask", "i1", ("latitude", "longitude"), (t[0, 0] > 280).astype("i1"), {"flag_meanings": "sea land"})
