@@ -24,6 +24,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -481,7 +482,8 @@ class VAEformer(Codec):
             payload, _ = self.latent.compress(y, self.latent.analyse_hyper(y, level), level)
             out.append(struct.pack("<I", len(payload)) + payload)
             base[i] = self._synthesise(payload, facts, level, height, width, mean, std)
-        return b"".join(out), base
+        payload = b"".join(out)
+        return payload + struct.pack("<I", google_crc32c.value(payload)), base
 
     def _synthesise(self, payload: bytes, facts: Tensor, level: int, height: int, width: int, mean: float,
                     std: float) -> np.ndarray:  # fmt: skip
@@ -494,7 +496,9 @@ class VAEformer(Codec):
     @torch.no_grad()
     def decode_fields(self, payload: bytes, *, only: Sequence[int] | None = None) -> np.ndarray:
         """Inverse of ``encode_fields``: float64 (N, H, W), or only these fields. CorruptStream on damage."""
-        view = memoryview(payload)
+        if len(payload) < 4 or struct.pack("<I", google_crc32c.value(bytes(payload[:-4]))) != payload[-4:]:
+            raise CorruptStream("neural payload: its checksum is wrong")
+        view = memoryview(payload)[:-4]
 
         def take(size: int) -> memoryview:
             nonlocal view

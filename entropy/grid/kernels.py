@@ -144,9 +144,9 @@ def _solve(cov, rhs, n, w, work, column, ridge, prior):
             w[i] -= work[i, k] * w[k]
     for i in range(n):
         w[i] /= work[i, i]
-    for i in range(n - 1, -1, -1):
-        for k in range(i + 1, n):
-            w[i] -= work[k, i] * w[k]
+    for i in range(n - 1, 0, -1):
+        for k in range(i):
+            w[k] -= work[i, k] * w[i]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -273,8 +273,7 @@ def code_planes(target, offset, inverse, rounding, mask, planes, start, sizes, r
     from 1 - ``rounding`` on; not read by the decoder. mask (1 or P - start, h, w) uint8: not zero where nothing is coded. sizes
     (P, h, w) uint8: classes of residuals, zero at first. refs (P, 2): which planes are known already and alike, -1 for none.
     steps: of the stages, finest first. limits: smallest and largest value that a prediction may have. pace: forgetting factor,
-    samples between solutions, ridge, what is kept of a band's statistics when the next plane begins. What follows is the
-    state that adapts. Returns False when buf was too short.
+    samples between solutions, ridge. What follows is the state that adapts. Returns False when buf was too short.
     """
     count, height, width = planes.shape
     slots = np.zeros(INPUTS, np.int64)
@@ -285,7 +284,7 @@ def code_planes(target, offset, inverse, rounding, mask, planes, start, sizes, r
     base_at = np.zeros(PLACES, np.int64)
     work = np.zeros((FEATURES, FEATURES), np.float64)
     column = np.zeros(FEATURES, np.float64)
-    forget, every, ridge, renew = pace[0], int(pace[1]), pace[2], pace[3]
+    forget, every, ridge = pace[0], int(pace[1]), pace[2]
     top = 0
     while (1 << top) < max(height, width):
         top += 1
@@ -348,11 +347,6 @@ def code_planes(target, offset, inverse, rounding, mask, planes, start, sizes, r
                                     cov[mine, i, j] = c[i, j] * CARRY
                                 rhs[mine, i] = b[i] * CARRY
                                 wts[mine, i] = w[i]
-                        elif renew < 1.0:
-                            for i in range(features):
-                                for j in range(features):
-                                    cov[mine, i, j] *= renew
-                                rhs[mine, i] *= renew
                         slot = mine
                         c, b, w = cov[slot], rhs[slot], wts[slot]
                     for i in range(PLACES):
