@@ -96,7 +96,7 @@ class Published(Nacrith):
 
         super().__init__(self.presets[preset], preset)
         self.backend, self.weights, self.block = backend, weights, block
-        self.settings = settings or published.Settings(skip=0 if backend.portable else 1)  # ours does not gain by a skip
+        self.settings = settings or published.Settings()
         self.coder = TokenMixture(backend, self.settings, verify)
         self.model_id = backends.model_id(backend.fingerprint)
 

@@ -676,7 +676,7 @@ def test_forged_headers(opened, gguf_path):
 
 
 def test_published_over_the_bundled_model():
-    """Portable: no fingerprint but the weights' id, no verification needed, no skip."""
+    """Portable: no fingerprint but the weights' id, no verification needed."""
     codec = nacrith.Published(backends.Bundled(tiny_models.language_model()), "published", block=2000)
     assert codec.portable and codec.notes() == [] and not codec.coder.verify
     round_trips(codec.coder)
