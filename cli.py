@@ -182,7 +182,7 @@ def collect(args: argparse.Namespace, suffixes: set[str] | None) -> list[str]:
             names += [line.rstrip("\r\n") for line in file if line.strip()]
     found = []
     for name in names:
-        if name != "-" and os.path.isdir(name) and args.recursive:
+        if name != "-" and os.path.isdir(name) and args.recursive and not grid_cli.is_grid_name(name):
             files = sorted(p for p in Path(name).rglob("*") if p.is_file())
             walk = [p for p in files if suffixes is None or p.suffix.lower() in suffixes]
             if not walk:
@@ -391,9 +391,7 @@ def encode_file(args: argparse.Namespace, name: str) -> None:
     target = encode_target(args, name)
     check_free(args, target, name)
     if codes_bytes(args, name):
-        from .codecs import registry
-
-        model = args.model or registry.default("bytes")
+        model = bytes_cli.chosen_model(args)
         report(args, *bytes_cli.encode_file(args, name, model, target, opened, progress_bar, say))
         if args.rm and name != "-":
             os.unlink(name)

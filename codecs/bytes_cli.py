@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from .bytefile import BytesCodec
 
 CODECS = {"nacrith", "raw"}
+WITHOUT_WEIGHTS = "nacrith:cm"
+FAST = 3
+"""Up to this effort no language model is asked."""
 SUFFIX = ".nlc"
 EXAMPLES = """any other file, without loss:
   codec encode notes.txt                     notes.txt.nlc
@@ -213,6 +216,24 @@ def _options(args: argparse.Namespace, model: str) -> dict[str, Any]:
     return {}
 
 
+def _effort(args: argparse.Namespace) -> int:
+    return 1 if args.fast else 9 if args.best else args.effort or 5
+
+
+def chosen_model(args: argparse.Namespace) -> str:
+    """What codes a file when nobody asks for a model: the default, but none with weights where they are missing or unused."""
+    from . import registry
+
+    if args.model:
+        return args.model
+    model = registry.default("bytes")
+    try:
+        registry.weights_path(*registry.split(model))
+    except CodecError:
+        return WITHOUT_WEIGHTS
+    return model if _effort(args) > FAST else WITHOUT_WEIGHTS
+
+
 def encode_file(
     args: argparse.Namespace, name: str, model: str, target: str, opened: Callable, progress: Callable, say: Callable
 ) -> tuple[dict[str, Any], str]:
@@ -222,7 +243,7 @@ def encode_file(
     from .bytefile import encode_file
 
     codec: Any = registry.load(*registry.split(model), **_options(args, model))
-    effort = 1 if args.fast else 9 if args.best else args.effort or 5
+    effort = _effort(args)
     start = time.perf_counter()
     with source_of(name) as source:
         total = os.fstat(source.fileno()).st_size if name != "-" else 0

@@ -241,6 +241,20 @@ def test_pipes_and_levels(codec_run):  # noqa: F811
     assert cut.code == 3 and not Path("x").exists()
 
 
+def test_without_weights(codec_run, monkeypatch, tmp_path):  # noqa: F811
+    """Nothing is missing: context mixing needs no weights, and the fast efforts do not load any."""
+    Path("a.txt").write_bytes(PROSE)
+    assert codec_run("encode", "a.txt", "-e", "1", "--json").rows[0]["model"] in ("nacrith:cm", "raw")
+    monkeypatch.setattr(registry, "WEIGHTS", tmp_path / "nothing")
+    monkeypatch.setattr(registry, "_loaded", {})
+    result = codec_run("encode", "a.txt", "-f", "--json")
+    assert (result.code, result.rows[0]["model"]) == (0, "nacrith:cm")
+    assert codec_run("decode", "a.txt.nlc", "-c").out == PROSE
+    Path("b.nlc").write_bytes(dumps(Stream("nacrith", "light", bytes(8), {}, [Segment("data", b"\2\3abcdx")])))
+    assert codec_run("decode", "b.nlc", "-c").code == 4
+    assert codec_run("encode", "-f", "a.txt", "-m", "nacrith:light").code == 4
+
+
 def test_pictures_stay_pictures(codec_run, photo, photo_bytes):  # noqa: F811
     """By name, by content, and only by request as bytes."""
     Path("really").write_bytes(photo_bytes)
