@@ -318,7 +318,7 @@ class Archive:
     def __init__(self, path: str):
         import zarr
 
-        self.path = path
+        self.path, self.threads = path, 1
         try:
             self.group = zarr.open_group(_store(path), mode="r", use_consolidated=False)
             record = dict(self.group.attrs)[KEY]
@@ -374,7 +374,7 @@ class Archive:
         try:
             if data is None:
                 raise CorruptStream("chunk is missing")
-            whole = unframe(data, plan.chunks, plan.coding)
+            whole = unframe(data, plan.chunks, plan.coding, self.threads)
         except CorruptStream as error:
             raise CorruptStream(f"{self.path}: {describe_box(plan, self.layout, self.small, box)}: {error}") from None
         return whole[tuple(slice(0, s.stop - s.start) for s in box)]

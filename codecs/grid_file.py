@@ -230,6 +230,7 @@ def encode_grid(source: Source, bounds: dict[str, tuple[str, float]], out: Binar
     tasks = ((p, box) for p in plans if p.chunks is not None for _, box in p.boxes())
     done = Done(of=sum(p.count for p in plans), raw_total=sum(p.variable.nbytes for p in plans if p.chunks is not None))
     stats: dict[str, Stats] = {}
+    threads = max(1, workers // max(done.of, 1))  # of one chunk, where there are fewer chunks than threads
 
     def work(task: tuple[Plan, Box]) -> tuple[Plan, bytes, Stats]:
         plan, box = task
@@ -238,7 +239,7 @@ def encode_grid(source: Source, bounds: dict[str, tuple[str, float]], out: Binar
             from .grid_neural import about
 
             what = about(source, plan.variable.name, plan.coding.axes, box)
-        return plan, *encode_chunk(source.read(plan.variable.name, box), plan.coding, what=what)
+        return plan, *encode_chunk(source.read(plan.variable.name, box), plan.coding, threads, what)
 
     with tempfile.TemporaryFile(dir=folder, prefix=".nlc-", suffix=".partial") as file:
         spool = Spool(file)
@@ -315,6 +316,7 @@ class GridFile:
         self.path = str(file) if isinstance(file, (str, os.PathLike)) else getattr(file, "name", "stream")
         self._file: BinaryIO = open(file, "rb") if isinstance(file, (str, os.PathLike)) else file  # noqa: SIM115
         self._limits = limits
+        self.threads = 1  # of one chunk
         self._cache: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
         self._cached = 0
         self._lock = threading.Lock()
@@ -343,7 +345,7 @@ class GridFile:
         try:
             with self._lock:
                 payload = read_segment(self._file, self._entries[name][number])
-            values = decode_chunk(payload, tuple(s.stop - s.start for s in box), plan.coding)
+            values = decode_chunk(payload, tuple(s.stop - s.start for s in box), plan.coding, self.threads)
         except CorruptStream as error:
             raise CorruptStream(f"{self.path}: {describe_box(plan, self.layout, self.small, box)}: {error}") from None
         with self._lock:
@@ -522,6 +524,7 @@ def decode_grid(grid: GridFile, target: Target | None, *, keep_going: bool = Fal
     chunked = [p for p in grid.plans.values() if p.chunks is not None]
     done = Done(of=sum(p.count for p in chunked), raw_total=sum(p.variable.nbytes for p in chunked))
     damaged: list[str] = []
+    grid.threads = max(1, workers // max(done.of, 1))
 
     def work(task: tuple[Plan, int, Box]) -> tuple[Plan, Box, np.ndarray | CodecError]:
         plan, number, box = task

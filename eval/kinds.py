@@ -26,12 +26,16 @@ class Item:
 
 @dataclass(frozen=True)
 class Field:
-    """A variable on a grid: ``values`` (N, H, W) float32, all leading dimensions in one; ``latitude`` (H,) degrees."""
+    """A variable on a grid: ``values`` (N, H, W) float32, all leading dimensions in one; ``latitude`` (H,) degrees.
+
+    ``pressures``: hPa of each of the N, 0 where there is none; empty when not known.
+    """
 
     values: np.ndarray
     latitude: np.ndarray
     name: str
     unit: str
+    pressures: tuple[int, ...] = ()
 
 
 class Kind(ABC):
@@ -223,12 +227,13 @@ class Grids(Kind):
             latitude = np.asarray(data[rows].values, np.float64) if rows in data.coords else None
             values = np.asarray(variable.values, np.float32)
             unit = str(variable.attrs.get("units", ""))
+            pressures = _pressures(data, variable)
         if latitude is None or latitude.ndim != 1 or not (np.abs(latitude) <= 90.001).all():
             raise UnsupportedInput(f"{item.path}: {item.part} has no latitudes on its last dimension but one")
         values = values.reshape(-1, *values.shape[-2:])
         if not np.isfinite(values).all():
             raise UnsupportedInput(f"{item.path}: {item.part} has missing values, which are not measured")
-        return Field(values, latitude, item.part, unit)
+        return Field(values, latitude, item.part, unit, pressures)
 
     def data(self, sample: Field) -> np.ndarray:
         return sample.values
@@ -259,6 +264,19 @@ class Grids(Kind):
             "encode_mb_s": bytes_ / 1e6 / sum(p["encode_s"] for p in points),
             "decode_mb_s": bytes_ / 1e6 / sum(p["decode_s"] for p in points),
         }
+
+
+def _pressures(data: Any, variable: Any) -> tuple[int, ...]:
+    """Pressure in hPa of every plane of a variable, in the order in which its leading dimensions are made one."""
+    from ..media.units import factor
+
+    found = np.zeros(variable.shape[:-2], np.int64)
+    for place, dim in enumerate(variable.dims[:-2]):
+        to_hpa = factor(str(data[dim].attrs.get("units", "")), "hPa") if dim in data.coords else None
+        if to_hpa is not None:
+            values = np.rint(np.asarray(data[dim].values, np.float64) * to_hpa).clip(0, 65535).astype(np.int64)
+            found += values.reshape([-1 if i == place else 1 for i in range(found.ndim)])
+    return tuple(np.ravel(found).tolist())
 
 
 def fields_of(path: Path) -> list[str]:

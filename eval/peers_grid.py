@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import struct
 from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..container.errors import UnsupportedInput
 from .peers import Imagecodecs
 from .subject import Subject
+
+if TYPE_CHECKING:
+    from .kinds import Field
 
 BOUNDS = (3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
 _SHAPE = struct.Struct("<III")
@@ -197,6 +202,37 @@ class OursGrid(Subject):
 
         stream = loads(data)
         return decode_chunk(stream.segments[0].data, tuple(stream.header["s"]), Coding.of(stream.header["k"]))
+
+
+class NeuralGrid(Subject):
+    """A network for fields alone, the best-effort tier; settings are qualities 0..100."""
+
+    ours, kind, whole = True, "grid", True
+
+    def __init__(self, model: str, qualities: Sequence[float]):
+        from ..codecs.grid_neural import load
+
+        self.codec = load(model)
+        self.name, self.settings = f"{self.codec.name}:{self.codec.preset}", tuple(sorted(set(qualities)))
+        self.describe, self.identity = f"model {self.codec.model_id.hex()}", self.codec.model_id.hex()
+
+    def encode(self, sample: Field, setting: float) -> bytes:
+        from ..codecs.grid_chunk import Coding, encode_chunk
+        from ..codecs.grid_neural import About
+        from ..container.format import Segment, Stream, dumps
+
+        coding = Coding("f4", "LYX", "quality", float(setting), model=self.name)
+        what = About(sample.name, sample.pressures or (0,) * len(sample.values), sample.latitude)
+        payload, _ = encode_chunk(np.ascontiguousarray(sample.values, np.float32), coding, what=what)
+        header = {"s": list(sample.values.shape), "k": coding.plain()}
+        return dumps(Stream(self.codec.name, self.codec.preset, self.codec.model_id, header, [Segment("data", payload)]))
+
+    decode = OursGrid.decode
+
+    def complexity(self) -> dict[str, Any]:
+        from ..codecs.base import count_parameters
+
+        return {"parameters": count_parameters(self.codec)}
 
 
 PEERS = (Sz3, Sz3Planes, Zfp, Sperr, BitRound, Jpeg2000Grid, ShuffleDeflate)

@@ -49,14 +49,16 @@ def make(name: str, qualities: Sequence[float] = QUALITIES, kind: str = "image")
     if is_peer(name):
         return peer(name, kind)
     if kind == "grid":
-        from .peers_grid import OursGrid
+        from .peers_grid import NeuralGrid, OursGrid
 
         if name == OursGrid.name:
             return OursGrid()
+        if name.partition(":")[0] == "vaeformer":
+            return NeuralGrid(name, qualities)
     if kind == OursBytes.kind:
         return OursBytes(name)
     if kind != Ours.kind:
-        here = "our own models are measured on pictures and bytes, grid:exact on fields"
+        here = "our own models are measured on pictures and bytes, grid:exact and vaeformer on fields"
         raise UsageError(f"{name} is no peer for {kind}; {here}")
     return Ours(name, qualities)
 
@@ -82,7 +84,8 @@ def _peak_mib() -> float:
 def measure(subject: Subject, kind: Kind, sample: Any, setting: float, folder: Path,
             metrics: Iterable[str] = ()) -> Point:  # fmt: skip
     """One point: write the file, read it back, compare. ValueError when what was decoded has another shape."""
-    path, source = folder / "point", kind.data(sample)
+    path, values = folder / "point", kind.data(sample)
+    source = sample if subject.whole else values
     _reset_peak()
     start = time.perf_counter()
     data = subject.encode(source, setting)
@@ -104,7 +107,7 @@ def measure(subject: Subject, kind: Kind, sample: Any, setting: float, folder: P
             point[f"{side}_stages"] = stages
     point |= kind.compare(sample, decoded, metrics) | kind.ratios(size, sample)
     if (bound := subject.bound(source, setting)) is not None:
-        point["max_error_over_bound"] = float(np.abs(decoded.astype(np.float64) - source).max() / bound)
+        point["max_error_over_bound"] = float(np.abs(decoded.astype(np.float64) - values).max() / bound)
     if (ideal := subject.ideal_bits(source, setting)) is not None:
         point["ideal_bits"] = ideal
     return point
@@ -128,7 +131,7 @@ def _point(name: str, kind: str, qualities: tuple[float, ...], item: Item, setti
         subject, sample = _subject(name, kind, qualities), read(kind, item)
         warm = name, kind, KINDS[kind].shape(sample)
         if warm not in _warm:
-            subject.decode(subject.encode(KINDS[kind].data(sample), setting))
+            subject.decode(subject.encode(sample if subject.whole else KINDS[kind].data(sample), setting))
             _warm.add(warm)
         with tempfile.TemporaryDirectory() as folder:
             return measure(subject, KINDS[kind], sample, setting, Path(folder), metrics)

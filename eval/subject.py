@@ -25,6 +25,7 @@ class Subject(ABC):
     settings: tuple[float, ...]
     kind = "image"
     ours = False
+    whole = False  # whether ``encode`` takes the sample itself (a Field), not only its values
 
     @abstractmethod
     def encode(self, sample: Any, setting: float) -> bytes:

@@ -38,10 +38,10 @@ def frame(values: np.ndarray, coding: Coding, what: About | None = None) -> tupl
     return payload + crc32c(payload).to_bytes(4, "little"), stats
 
 
-def unframe(data: bytes, shape: tuple[int, ...], coding: Coding) -> np.ndarray:
+def unframe(data: bytes, shape: tuple[int, ...], coding: Coding, threads: int = 1) -> np.ndarray:
     """Inverse of ``frame``. CorruptStream."""
     check(data)
-    return decode_chunk(data[:-4], shape, coding)
+    return decode_chunk(data[:-4], shape, coding, threads)
 
 
 def check(data: bytes) -> None:

@@ -73,6 +73,14 @@ def test_our_coder_of_fields_is_measured_like_a_peer(tmp_path):
     assert pooled["max_error_over_bound"] == 2.0 and pooled["ratio_float32"] == pytest.approx(point["ratio_float32"])
 
 
+def test_our_networks_are_measured_on_fields(tmp_path):
+    subject = run.make("vaeformer:test", [20.0, 80.0], "grid")
+    sample = kinds.Field(field(2), LATITUDE, "t", "K", (500, 850))
+    points = [run.measure(subject, KINDS["grid"], sample, q, tmp_path, ["snr"]) for q in subject.settings]
+    assert points[0]["bytes"] < points[1]["bytes"] and points[0]["snr"] < points[1]["snr"]
+    assert subject.complexity()["parameters"] > 1000
+
+
 def test_what_an_error_does_to_a_field():
     a = field()
     assert metrics_grid.bias(a, a + 0.25, LATITUDE) == pytest.approx(0.25, rel=1e-4)
@@ -252,7 +260,7 @@ def test_eval_of_fields(tmp_path, capsys):
     point = result["points"][0]
     assert point["name"] == "x.nc:t" and point["bits_per_value"] == point["bytes"] * 8 / field().size
     assert point["max_error"] <= point["setting"] * np.ptp(field()) * 1.001
-    with pytest.raises(UsageError, match="our own models are measured on pictures and bytes, grid:exact on fields"):
+    with pytest.raises(UsageError, match="measured on pictures and bytes, grid:exact and vaeformer on fields"):
         run.make("hyperprior:test", kind="grid")
 
 
