@@ -89,7 +89,7 @@ def ablate(codec: bytefile.BytesCodec, data: bytes, effort: int) -> dict[str, in
     data = data[: what.length]
     if what.method == framing.MIXED:
         array = np.frombuffer(data, np.uint8)
-        kind, stride, row = detect.kind_of(array)
+        kind, stride, row = detect.kind_of(array, effort)
         plan = binary.plan_of(effort, kind)
 
         def size(changed: binary.Plan) -> int:

@@ -60,7 +60,7 @@ def _smallest(data: bytes, candidates: list[tuple[int, bytes]]) -> bytes:
 
 
 def _mixed(array: np.ndarray, effort: int) -> bytes | None:
-    kind, stride, row = detect.kind_of(array)
+    kind, stride, row = detect.kind_of(array, effort)
     head = bytes([effort | kind << 4])
     if kind == binary.MACHINE:
         machine = detect.machine_of(array[:4096].tobytes())

@@ -87,8 +87,8 @@ def periods(data: np.ndarray) -> tuple[int, int, float]:
     return best, line, float(share[best] - usual)
 
 
-def kind_of(data: np.ndarray) -> tuple[int, int, int]:
-    """(kind, stride, row) of a block that is not noise, as ``binary`` wants them."""
+def kind_of(data: np.ndarray, effort: int = 5) -> tuple[int, int, int]:
+    """(kind, stride, row) of a block that is not noise, as ``binary`` wants them; low efforts look at less of it."""
     head = data[:4096].tobytes()
     found = _by_header(head)
     if found:
@@ -99,15 +99,15 @@ def kind_of(data: np.ndarray) -> tuple[int, int, int]:
     candidates = [(binary.RECORDS, stride, row), (binary.GENERAL, 4, 16)]
     if stride >= 8 and _is_bitmap(data, stride):
         candidates.append((binary.BITMAP, stride, stride))
-    sizes = [_cost(data, *candidate) for candidate in candidates]
+    sizes = [_cost(data, effort, *candidate) for candidate in candidates]
     return candidates[int(np.argmin(sizes))]
 
 
-def _cost(data: np.ndarray, kind: int, stride: int, row: int) -> int:
+def _cost(data: np.ndarray, effort: int, kind: int, stride: int, row: int) -> int:
     """Bytes of a sample from the middle, coded as a kind."""
-    size = min(len(data), 1 << 15)
+    size = min(len(data), 1 << 13 if effort < 4 else 1 << 15)
     start = (len(data) - size) // 2
-    coded = binary.encode(data[start : start + size], binary.plan_of(4, kind), stride, row)
+    coded = binary.encode(data[start : start + size], binary.plan_of(min(effort, 4), kind), stride, row)
     return size if coded is None else len(coded)
 
 
