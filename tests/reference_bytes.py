@@ -339,7 +339,7 @@ def decode_tokens(coder, count, tensors, config, strings, text):
     mixer, final = Mixer(start), Mixer([65536 // 7] * 7)
     histories, runs, confidence = Map(), Map(3 << 20), Map(3 << 20)
     primed_histories(histories, plan)
-    apms = [Refinement() for _ in range(4)]
+    apms = [Refinement() for _ in range(3)]
     words, ids, previous = Words(), [], strings.index(b"\n")
     for n in range(count):
         hashes = [mix_hash(h, i + 1) for i, h in enumerate(contexts(ids, text, words))]
@@ -387,7 +387,7 @@ def decode_tokens(coder, count, tensors, config, strings, text):
             total = int(edges[low + 2 * span] - edges[low])
             part = int(edges[low + 2 * span] - edges[low + span])
             s_model = node_stretch(part, total)
-            x[k : k + 4] = 256, s_model, (part << 9) // total - 256, STRETCH[apms[3].p16(node, s_model) >> 4]
+            x[k : k + 4] = 256, s_model, (part << 9) // total - 256, STRETCH[apms[2].p16(node, s_model) >> 4]
             sure = min(abs(s_model) >> 7, 15)
             sets = [
                 node, longest.place(3) << 4 | level, seen << 8 | sure << 4 | level, t1 & 2047,
@@ -398,17 +398,16 @@ def decode_tokens(coder, count, tensors, config, strings, text):
             final_keys = (0, longest.place(3) << 4 | level), (1, sure << 4 | level)
             ends = [final.mix(y, key) for key in final_keys]
             s = sum(ends) >> 1
-            a = node, mix_hash(node << 16 | t1, 0) & 65535, mix_hash(mix_hash(node << 16 | t1, 1), t2) & 65535
-            r = [apms[j].p16(a[j], s) for j in range(3)]
-            p = (4 * squash(s) + r[0] + 2 * r[1] + r[2] + 4) >> 3
+            a = mix_hash(node << 16 | t1, 0) & 65535, mix_hash(mix_hash(node << 16 | t1, 1), t2) & 65535
+            p = (6 * squash(s) + apms[0].p16(a[0], s) + apms[1].p16(a[1], s) + 4) >> 3
             bit = coder.bit(min(max(p, 1), 65535))
             for j, key in enumerate(sets):
                 mixer.learn(x, (j, key), bit, squash(mixed[j]), 200 + early)
             for key, end in zip(final_keys, ends):
-                final.learn(y, key, bit, squash(end), 40)
-            apms[3].learn(node, s_model, bit, 255)
-            for j in range(3):
-                apms[j].learn(a[j], s, bit, 127)
+                final.learn(y, key, bit, squash(end), 120)
+            apms[2].learn(node, s_model, bit, 255)
+            for j in range(2):
+                apms[j].learn(a[j], s, bit, 500)
             for bucket, (key, run_key, guess) in zip(buckets, keys):
                 bucket[local] = learn_slot(bucket.get(local, (0, 0, 0)), bit, 30)
                 if key is not None:

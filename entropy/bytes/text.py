@@ -71,7 +71,6 @@ MATCHES = 2
 _INPUTS = 4  # of a context: slot, history, confidence, run
 _SETS = 7
 _SET_SIZE = 2048
-_APMS = 3
 
 COMPONENTS = {
     "model": 1, "adaptation": 2, "tokens": 4, "bytes": 8, "words": 16, "format": 32, "match": 64, "runs": 128, "histories": 256,
@@ -196,7 +195,7 @@ def _node_stretch(part, total):
 def _code(
     ids, count, text, room, stream, coder, decoding, strings, starts, depth, plan, flags, rates,
     net, state, work, head, bias, master, logits, cumulative, sigmoid_curve, half_curve, norm_bits,
-    table, histories, runs, match_maps, match_table, weights, final_weights, lm_apm, apm0, apm1, apm2,
+    table, histories, runs, match_maps, match_table, weights, final_weights, lm_apm, apm1, apm2,
 ):  # fmt: skip
     """Code ``count`` tokens; bytes of text they make, -1 when the stream is full, -2 when the text outgrows ``room``.
 
@@ -381,24 +380,22 @@ def _code(
             if refine:
                 a1 = mix_hash(node << 16 | t1, 0) & apm_mask
                 a2 = mix_hash(mix_hash(node << 16 | t1, 1), t2) & apm_mask
-                r0 = apm_p16(apm0, node, s)
                 r1 = apm_p16(apm1, a1, s)
                 r2 = apm_p16(apm2, a2, s)
-                p = (4 * p + r0 + 2 * r1 + r2 + 4) >> 3
+                p = (6 * p + r1 + r2 + 4) >> 3
             p = min(max(p, 1), 65535)
             bit = code_bit(coder, stream, (token >> (depth - 1 - level)) & 1, p, decoding)
             # learn
             for j in range(sets):
                 mix_train(inputs, weights, set_at[j], width, bit, set_p[j], mixer_rate + early)
             if sets > 1:
-                mix_train(final, final_weights, final_at, 16, bit, squash(s1), 40)
-                mix_train(final, final_weights, other_at, 16, bit, squash(s2), 40)
+                mix_train(final, final_weights, final_at, 16, bit, squash(s1), 120)
+                mix_train(final, final_weights, other_at, 16, bit, squash(s2), 120)
             if use_model:
                 apm_next(lm_apm, node, s_model, bit, 255)
             if refine:
-                apm_next(apm0, node, s, bit, 127)
-                apm_next(apm1, a1, s, bit, 127)
-                apm_next(apm2, a2, s, bit, 127)
+                apm_next(apm1, a1, s, bit, 500)
+                apm_next(apm2, a2, s, bit, 500)
             for i in range(contexts):
                 at = base[i] + local
                 table[at] = slot_next(table[at], bit, slot_limit)
@@ -497,7 +494,7 @@ def _memory(options: TextOptions, model: Model, plan: np.ndarray, count: int) ->
         np.full(contexts << 9, np.uint32(3 << 30), np.uint32), np.full(MATCHES << 12, np.uint32(3 << 30), np.uint32),
         np.zeros(MATCHES << match_bits, np.int32), np.tile(weights, _SETS * _SET_SIZE),
         np.tile(np.array([65536 // sets] * sets + [0] * (16 - sets), np.int32), 1024),
-        apm_table(size), apm_table(size), apm_table(1 << 16), apm_table(1 << 16),
+        apm_table(size), apm_table(1 << 16), apm_table(1 << 16),
     )  # fmt: skip
 
 
