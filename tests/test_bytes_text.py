@@ -234,6 +234,34 @@ def test_overlap_counts_shared_runs():
     assert result["b"]["shared"]["t"] > 80 and result["b"]["examples"][0] == " ".join(other.split()[:8])
 
 
+@pytest.mark.parametrize("preset", ["light", "test"])
+def test_bundled_recipes_are_those_of_the_weights(preset):
+    from neuralcodec.train import language
+
+    read = language.Recipe.read(Path(language.__file__).parent / "recipes" / f"nacrith-{preset}.toml")
+    rates = [read.rate(10_000, done / 100) for done in range(101)]
+    assert max(rates) <= 1.01 and rates[-1] < 0.01
+    config = Model.load(weights_path("nacrith", preset)).config
+    assert (config.vocabulary, config.width, config.blocks, config.hidden) == tuple(vars(read.shape(read.vocabulary)).values())
+
+
+def test_recipes_refuse_what_they_do_not_know(tmp_path):
+    from neuralcodec.train import language
+
+    (tmp_path / "x.toml").write_text("widht = 3")
+    with pytest.raises(ValueError, match="widht"):
+        language.Recipe.read(tmp_path / "x.toml")
+
+
+def test_verse_has_lines_and_the_same_words():
+    from neuralcodec.train.language import versify
+
+    text = " ".join(PROSE.split()) + "\n" + "A second paragraph of few words."
+    verse = versify(text, random.Random(3))
+    assert verse.count("\n") > 10
+    assert verse.lower().split() == text.lower().split()
+
+
 def test_a_language_model_trains_and_freezes(tmp_path):
     """Thirty steps learn something, a stopped run goes on, and the integers agree with the floats."""
     torch = pytest.importorskip("torch")
