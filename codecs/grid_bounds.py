@@ -32,20 +32,20 @@ class Wanted:
     text: str = ""
 
 
-def parse_bounds(text: str) -> dict[str, Wanted]:
-    """'t=0.05K,z=10,q=1%,*=0.1%range' -> bounds by variable. UsageError for what is no bound."""
+def parse_bounds(text: str, option: str = "--max-error") -> dict[str, Wanted]:
+    """'t=0.05K,z=10,q=1%,*=0.1%range' -> bounds by variable. UsageError, naming the ``option``, for what is no bound."""
     found: dict[str, Wanted] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         match = _ITEM.fullmatch(item)
         if not match:
-            raise UsageError(f"--max-error {item}: is not VARIABLE=NUMBER[UNIT], such as t=0.05K, z=10 or q=1%")
+            raise UsageError(f"{option} {item}: is not VARIABLE=NUMBER[UNIT], such as t=0.05K, z=10 or q=1%")
         name, value, unit = match["name"].strip(), float(match["number"]), match["unit"].strip()
         if not math.isfinite(value):
-            raise UsageError(f"--max-error {item}: a bound is a finite number")
+            raise UsageError(f"{option} {item}: a bound is a finite number")
         if value < 0:
-            raise UsageError(f"--max-error {item}: a bound is not negative; 0 means lossless")
+            raise UsageError(f"{option} {item}: a bound is not negative; 0 means lossless")
         if name in found:
-            raise UsageError(f"--max-error: {name} is there twice")
+            raise UsageError(f"{option}: {name} is there twice")
         compact = unit.replace(" ", "")
         if compact in _RELATIVE:
             found[name] = Wanted(value * _RELATIVE[compact], "relative", compact, item)
@@ -54,10 +54,10 @@ def parse_bounds(text: str) -> dict[str, Wanted]:
         else:
             found[name] = Wanted(value, "absolute", unit, item)
     if not found:
-        raise UsageError("--max-error: no bounds")
+        raise UsageError(f"{option}: no bounds")
     for name, wanted in found.items():
         if wanted.kind != "absolute" and wanted.value >= 1:
-            raise UsageError(f"--max-error {wanted.text}: a bound of {name}'s whole size keeps nothing of it")
+            raise UsageError(f"{option} {wanted.text}: a bound of {name}'s whole size keeps nothing of it")
     return found
 
 
@@ -84,6 +84,13 @@ def resolve(layout: Layout, wanted: dict[str, Wanted]) -> dict[str, tuple[str, f
     return found
 
 
+def resolve_rmse(layout: Layout, wanted: dict[str, Wanted]) -> dict[str, tuple[str, float]]:
+    """As ``resolve``, of ``--rmse VAR=TOL``: the root mean square error of each chunk. UsageError for parts and ranges."""
+    if bad := [w for w in wanted.values() if w.kind != "absolute"]:
+        raise UsageError(f"--rmse {bad[0].text}: is not a number with or without a unit")
+    return {n: ("rmse", value) for n, (kind, value) in resolve(layout, wanted).items() if kind != "lossless"}
+
+
 def _in_units(layout: Layout, name: str, want: Wanted, named: bool) -> float:
     stored = str(layout.variables[name].attrs.get("units", ""))
     if want.unit == "%" and named and stored.strip() in ("%", "percent"):
@@ -102,8 +109,8 @@ def bound_text(kind: str, value: float, unit: str = "") -> str:
     """A bound for people."""
     if kind == "lossless":
         return "lossless"
-    if kind == "absolute":
-        return f"{value:g} {unit}".strip()
+    if kind in ("absolute", "rmse"):
+        return ("RMSE " if kind == "rmse" else "") + f"{value:g} {unit}".strip()
     if kind == "bits":
         return f"{value:.0%} of the real information"
     if kind == "quality":
@@ -113,7 +120,7 @@ def bound_text(kind: str, value: float, unit: str = "") -> str:
 
 def tier(kind: str) -> str:
     """The name of the promise."""
-    return {"lossless": "lossless", "quality": "best effort"}.get(kind, "guaranteed")
+    return {"lossless": "lossless", "quality": "best effort", "rmse": "best effort"}.get(kind, "guaranteed")
 
 
 def lossy_attributes(attrs: dict[str, Any], kind: str, value: float, packed: bool, keep: int | None, container: str,
@@ -126,10 +133,14 @@ def lossy_attributes(attrs: dict[str, Any], kind: str, value: float, packed: boo
     unit = str(attrs.get("units", ""))
     text = f"neuralcodec {__version__}, {tier(kind)}: {_promise(kind, value, unit)}"
     if kind == "quality":
-        text += f" of {model}" + ("" if worst is None else f"; largest error {worst:.3g} {unit}".rstrip())
+        text += f" of {model}"
+    if worst is not None:
+        text += f"; largest error {worst:.3g} {unit}".rstrip()
     found = dict(attrs)
     found["lossy_compression"] = f"{attrs['lossy_compression']}; then {text}" if "lossy_compression" in attrs else text
-    if kind == "absolute" or (kind == "quality" and worst is not None):
+    if kind == "rmse":
+        found["lossy_compression_root_mean_square_error"] = np.float64(value)
+    if kind == "absolute" or worst is not None:
         found["lossy_compression_maximum_absolute_error"] = np.float64(value if worst is None else worst)
     elif kind == "relative":
         found["lossy_compression_maximum_relative_error"] = np.float64(value)
@@ -141,8 +152,8 @@ def lossy_attributes(attrs: dict[str, Any], kind: str, value: float, packed: boo
 
 
 def _promise(kind: str, value: float, unit: str) -> str:
-    if kind == "quality":
-        return bound_text(kind, value)
+    if kind in ("quality", "rmse"):
+        return bound_text(kind, value, unit)
     if kind == "bits":
         return f"rounded to {value:.0%} of the real information of each level"
     return f"maximum {'absolute' if kind == 'absolute' else kind} error {bound_text(kind, value, unit)}"

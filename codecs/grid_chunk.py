@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from .grid_neural import About
 
 CONSTANT, BYTES, TEXTS, FIELD, LINEAR, NEURAL = range(6)
-KINDS = ("lossless", "absolute", "relative", "range", "bits", "quality")
+KINDS = ("lossless", "absolute", "relative", "range", "bits", "quality", "rmse")
+BEST_EFFORT = ("quality", "rmse")
 BASE_LEVEL = 500
 """Level 0..1000 of a network that a residual within a bound stands on."""
 GROUP_VALUES = 1 << 24
@@ -45,9 +46,9 @@ class Coding:
     """How the chunks of a variable are coded. Plain values, so that it can stand in a header.
 
     ``kind`` and ``value`` are the bound, in the variable's unit; ``bits`` (kept by their real information): the share of the
-    information that is kept; ``quality`` (0..100, best effort): of the network alone. ``model``: a network, ``codec:preset``;
-    within a bound it is used where that is smaller. ``axes``: see ``Layout.axes``. ``fills``: raw bytes of the values that
-    mean 'missing'.
+    information that is kept; best effort are ``quality`` (0..100, of the network alone) and ``rmse`` (root mean square error
+    of a chunk). ``model``: a network, ``codec:preset``; within a bound it is used where that is smaller. ``axes``: see
+    ``Layout.axes``. ``fills``: raw bytes of the values that mean 'missing'.
     """
 
     dtype: str
@@ -103,7 +104,7 @@ def coding_of(layout: Layout, name: str, kind: str = "lossless", value: float = 
 @dataclass
 class Stats:
     """What is known of a chunk once it is coded: ``values``, ``raw`` and ``coded`` bytes, for ``bits`` the mantissa bits kept,
-    for ``quality`` the bound that the error happens to have, and whether a network was used."""
+    for best effort the bound that the error happens to have, and whether a network was used."""
 
     values: int
     raw: int
@@ -190,7 +191,7 @@ def _encode_floats(values: np.ndarray, coding: Coding, threads: int, stats: Stat
         keeps = keep_bits(ordered, coding.value)
         field = _restored(rounded(ordered, keeps), field.shape, coding.axes)
         stats.keep = min(keeps)
-    elif coding.lossy and coding.kind != "quality":
+    elif coding.lossy and coding.kind not in BEST_EFFORT:
         bound = Bound(coding.value, coding.kind)
     ordered = _ordered(field, coding.axes)
     options = {"periodic": coding.periodic, "threads": threads, "level_group": _level_group(ordered.shape)}
@@ -205,9 +206,13 @@ def _encode_floats(values: np.ndarray, coding: Coding, threads: int, stats: Stat
 
 def _coded(ordered: np.ndarray, bound: Bound | None, coding: Coding, stats: Stats, what: About | None,
            options: dict[str, Any]) -> tuple[int, bytes]:  # fmt: skip
-    """(FIELD or NEURAL, payload) of a field within a bound, or of a quality: what is smaller."""
+    """(FIELD or NEURAL, payload) of a field within a bound, or of a quality or error: what is smaller."""
     from ..entropy.grid import Bound, encode_field
 
+    if coding.kind == "rmse":
+        payload, reached = _for_rmse(ordered, coding.value / abs(coding.scale), coding, options)
+        stats.worst = reached * abs(coding.scale)
+        return FIELD, payload
     plain = None if coding.kind == "quality" and what else encode_field(ordered, bound, **options)
     if not coding.model or what is None or (plain is not None and bound is None):
         return FIELD, plain or b""
@@ -227,6 +232,28 @@ def _coded(ordered: np.ndarray, bound: Bound | None, coding: Coding, stats: Stat
         return FIELD, plain
     stats.neural = True
     return NEURAL, both
+
+
+def _for_rmse(ordered: np.ndarray, target: float, coding: Coding, options: dict[str, Any]) -> tuple[bytes, float]:
+    """(payload, its bound) with a root mean square error of ``target`` at most, and not much less."""
+    from ..entropy.grid import Bound, decode_field, encode_field
+
+    whole = coding.dtype[0] in "iu"
+    finite = np.isfinite(ordered)
+    x = ordered[finite].astype(np.float64)
+    bound, best = 2.5 * target, None
+    for _ in range(6 if x.size else 0):
+        payload = encode_field(ordered, Bound(bound), goal="rmse", **options)
+        y = decode_field(payload, threads=options["threads"])[finite].astype(np.float64)
+        error = float(np.sqrt(np.mean(np.square((np.rint(y) if whole else y) - x))))
+        if error <= target and (best is None or bound > best[1]):
+            best = payload, bound
+        if 0.97 * target <= error <= target or error == 0:
+            break
+        bound *= min(max(0.99 * target / error, 0.25), 4.0)
+    if best is None:  # nothing there, or the steps of the packing are coarser than what was asked for
+        return encode_field(ordered, Bound(0.5) if whole else None, **options), 0.0
+    return best[0], best[1] + 0.5 * whole
 
 
 def _in_steps(base: np.ndarray, coding: Coding) -> np.ndarray:
@@ -306,7 +333,7 @@ def _encode_integers(values: np.ndarray, coding: Coding, threads: int, stats: St
     from ..entropy.grid import Bound, encode_field
 
     (steps, stats.keep), reach = _steps(values, coding), max(abs(int(values.min())), abs(int(values.max())))
-    lossy = steps > 0 or coding.kind == "quality"
+    lossy = steps > 0 or coding.kind in BEST_EFFORT
     best = None if lossy or values.size > 1 << 20 else _bytes(values)
     fills = [np.frombuffer(raw, values.dtype)[0] for raw in coding.fills]
     present = [f for f in fills if (values == f).any()]
@@ -339,7 +366,7 @@ def _steps(values: np.ndarray, coding: Coding) -> tuple[int, int | None]:
 
     Relative bounds are those of the smallest magnitude.
     """
-    if not coding.lossy or coding.kind == "quality" or coding.scale == 0 or not math.isfinite(coding.scale):
+    if not coding.lossy or coding.kind in BEST_EFFORT or coding.scale == 0 or not math.isfinite(coding.scale):
         return 0, None
     valid = np.ones(values.shape, bool)
     for raw in coding.fills:

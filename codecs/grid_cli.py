@@ -43,6 +43,8 @@ def add_encode_arguments(parser: argparse.ArgumentParser) -> None:
              "a part of each value (q=1%%), or of the range of each chunk (r=0.1%%range); * stands for all others")  # fmt: skip
     add("--bits-of-real-information", nargs="?", type=float, const=SHARE, metavar="SHARE", dest="real_bits",
         help=f"round fields without a bound to the mantissa bits that hold this share of the information (default {SHARE})")
+    add("--rmse", action="append", metavar="VAR=TOL,...",
+        help="best effort: root mean square error of each variable; the largest error is recorded")
     add("--best-effort", nargs="?", type=float, const=QUALITY, metavar="Q",
         help=f"code fields without a bound by a network alone, quality 0..100 (default {QUALITY:g}): small, no promise; with a "
              "bound and -m vaeformer:PRESET the network is used where that is smaller")  # fmt: skip
@@ -82,7 +84,7 @@ def wants_archive(args: argparse.Namespace) -> bool:
 
 def check(args: argparse.Namespace) -> None:
     """UsageError for options that contradict each other or have no meaning for fields."""
-    if args.lossless and (args.max_error or args.real_bits is not None or args.best_effort is not None):
+    if args.lossless and (args.max_error or args.rmse or args.real_bits is not None or args.best_effort is not None):
         raise UsageError("--lossless with a bound on the error: leave one of them out")
     if args.best_effort is not None and not 0 <= args.best_effort <= 100:
         raise UsageError(f"--best-effort {args.best_effort:g}: is a quality 0..100")
@@ -100,13 +102,18 @@ def check(args: argparse.Namespace) -> None:
 
 def _bounds_of(args: argparse.Namespace) -> Callable[[Layout], dict[str, tuple[str, float]]]:
     """What gives the bounds of a file's variables. UsageError at once for what is wrong with any file."""
-    from .grid_bounds import parse_bounds, resolve
+    from .grid_bounds import parse_bounds, resolve, resolve_rmse
 
     wanted = parse_bounds(",".join(args.max_error)) if args.max_error else {}
+    squares = parse_bounds(",".join(args.rmse), "--rmse") if args.rmse else {}
+    if both := wanted.keys() & squares.keys():
+        raise UsageError(f"--max-error and --rmse are both given for {sorted(both)[0]}; leave one of them out")
 
     def bounds(layout: Layout) -> dict[str, tuple[str, float]]:
         found = resolve(layout, wanted)
-        free = [n for n in found if n not in wanted and "*" not in wanted]
+        found |= {n: b for n, b in resolve_rmse(layout, squares).items() if n not in wanted}
+        asked = wanted.keys() | squares.keys()
+        free = [n for n in found if n not in asked and "*" not in asked]
         if args.real_bits is not None:
             found |= {n: ("bits", args.real_bits) for n in free}
         if args.best_effort is not None:
@@ -130,6 +137,7 @@ def _command(args: argparse.Namespace) -> str:
     """The call for the history of the decoded file, without names of folders."""
     words = ["codec encode"]
     words += [f"--max-error {','.join(args.max_error)}"] if args.max_error else []
+    words += [f"--rmse {','.join(args.rmse)}"] if args.rmse else []
     words += [f"--bits-of-real-information {args.real_bits:g}"] if args.real_bits is not None else []
     words += [f"--best-effort {args.best_effort:g}"] if args.best_effort is not None else []
     return " ".join(words)

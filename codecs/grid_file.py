@@ -28,7 +28,7 @@ from ..container.errors import CodecError, CorruptStream, LimitExceeded, Unsuppo
 from ..container.format import DEFAULT_LIMITS, Entry, Limits, Segment, Spool, Stream, read_head, read_segment
 from ..media.grid import KINDS, STRING, Layout, Source, Target, Variable
 from .grid_bounds import lossy_attributes, with_history
-from .grid_chunk import Coding, Stats, _packed, _unpacked, coding_of, decode_chunk, encode_chunk
+from .grid_chunk import BEST_EFFORT, Coding, Stats, _packed, _unpacked, coding_of, decode_chunk, encode_chunk
 
 CODEC, PRESET, NO_MODEL = "grid", "exact", b""
 TIMES = 4
@@ -597,8 +597,8 @@ def _over_bound(a: np.ndarray, b: np.ndarray, plan: Plan, variable: Variable) ->
         bound *= float(np.ptp(x))
     elif plan.coding.kind == "relative":
         bound = bound * np.abs(x)
-    elif plan.coding.kind == "quality":
-        bound = float(variable.attrs["lossy_compression_maximum_absolute_error"]) * (1 + 2.0**-20)
+    elif plan.coding.kind in BEST_EFFORT:
+        bound = float(variable.attrs.get("lossy_compression_maximum_absolute_error", 0.0)) * (1 + 2.0**-20)
     elif plan.coding.kind == "bits":
         bound = float(variable.attrs["lossy_compression_maximum_relative_error"]) * np.abs(x)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -534,11 +534,30 @@ def test_command(tmp_path, monkeypatch, capsys):
         assert "quantization" not in data.u.attrs and np.array_equal(np.isnan(data.u), np.isnan(original.u))
 
 
+def test_rmse(tmp_path, capsys):
+    source = write(tmp_path / "x.nc", times=2, rows=37, columns=72)
+    assert main(["encode", str(source), "--rmse", "t=0.1K,u=0.1", "--verify", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["variables"]
+    assert main(["encode", str(source), "--max-error", "t=0.1732K,u=0.1732", "--json", "-o", str(tmp_path / "z.nlc")]) == 0
+    bounded = json.loads(capsys.readouterr().out)["variables"]
+    assert main(["decode", str(tmp_path / "x.nlc"), "-o", str(tmp_path / "y.nc")]) == 0
+    with xarray.open_dataset(source) as x, xarray.open_dataset(tmp_path / "y.nc") as y:
+        for name in "tu":
+            error = (x[name] - y[name]).values.astype("f8")
+            assert 0.09 <= np.sqrt(np.nanmean(error**2)) <= 0.1 and rows[name]["tier"] == "best effort"
+            assert np.nanmax(np.abs(error)) <= y[name].attrs["lossy_compression_maximum_absolute_error"]
+            assert "best effort: RMSE 0.1" in y[name].attrs["lossy_compression"]
+            # no larger than what an even spread within a bound would give for the same error
+            assert rows[name]["bytes"] <= bounded[name]["bytes"]
+            assert np.array_equal(np.isnan(x[name]), np.isnan(y[name]))
+
+
 @pytest.mark.parametrize("arguments, code, message", [
     (["--max-error", "t=-1"], 2, "not negative"), (["--max-error", "q=1"], 2, "no variable q"),
     (["--max-error", "t=1hPa"], 2, "t is in K"), (["--lossless", "--max-error", "t=1"], 2, "leave one of them out"),
     (["--bits-of-real-information", "1.5"], 2, "share between"), (["--append"], 2, "archives"), (["--bpp", "1"], 2, "pictures"),
-    (["--chunk-times", "0"], 2, "positive"),
+    (["--chunk-times", "0"], 2, "positive"), (["--rmse", "t=1%"], 2, "--rmse t=1%"), (["--rmse", "t=-1"], 2, "--rmse t=-1"),
+    (["--rmse", "t=1", "--max-error", "t=1"], 2, "both given for t"), (["--best-effort", "101"], 2, "quality 0..100"),
 ])  # fmt: skip
 def test_wrong_calls(tmp_path, capsys, arguments, code, message):
     source = write(tmp_path / "x.nc", times=1)
