@@ -22,7 +22,8 @@ with a CRC32C and decoded with the real decoder before ``encode_field`` returns:
 Errors: ``encode_field`` raises ValueError for shapes, dtypes or bounds that make no sense; ``decode_field`` raises
 CorruptStream for anything damaged and LimitExceeded for a payload that says it holds more than ``limit`` values.
 
-``goal="rmse"`` keeps within the bound as well, but spends the bits for a small mean squared error (best effort). Integers (8, 16 and signed 32 bits) are coded too, without loss.
+``goal="rmse"`` keeps within the bound as well, but spends the bits for a small mean squared error (best effort).
+Integers (8, 16 and signed 32 bits) are coded too, without loss.
 """
 
 from .field import Bound, decode_field, describe_field, encode_field

@@ -34,8 +34,8 @@ TRIAL_VALUES = 1 << 16
 # forgetting, samples between solutions, ridge; fields of many rows want the first, stacks of small ones the second
 PACES = ((0.97, 64, 10.0), (0.95, 32, 10.0))
 # how much finer each coarser stage is quantised, and at most; the last is best for the mean squared error
-SLOPES = ((1.0, 1.0), (1.15, 2.0), (1.35, 2.0), (1.3, 8.0))
-ROUNDING = {"bound": 0.5, "rmse": 0.4}  # residuals of 1 - ROUNDING steps are coded; others stay with the prediction
+SLOPES = ((1.0, 1.0), (1.15, 2.0), (1.35, 2.0), (1.22, 8.0))
+ROUNDING = {"bound": 0.5, "rmse": 0.38}  # residuals of 1 - ROUNDING steps are coded; others stay with the prediction
 _HEAD = struct.Struct("<BBBBBB")
 _CRC = struct.Struct("<I")
 
