@@ -112,10 +112,11 @@ def _cost(data: np.ndarray, effort: int, kind: int, stride: int, row: int) -> in
 
 
 def _is_bitmap(data: np.ndarray, row: int) -> bool:
-    """Whether bytes a row apart differ in single bits rather than in value."""
+    """Whether bytes a row apart differ in single bits rather than in value, and those beside them are much alike too."""
     a, b = data[row:], data[:-row]
     differ = a != b
-    if not differ.any():
+    beside = (np.mean(data[row + 1 :] == data[: -row - 1]) + np.mean(data[row - 1 :] == data[: 1 - row])) / 2
+    if not differ.any() or beside < 0.6 * (1 - differ.mean()):
         return False
     changed = np.bitwise_xor(a[differ], b[differ])
     return np.unpackbits(changed).mean() < 0.36 and np.isin(data, (0, 255)).mean() > 0.3
