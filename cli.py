@@ -833,7 +833,7 @@ def _encode_options(p: argparse.ArgumentParser) -> None:
         "-e", "--effort", type=int, choices=range(1, 10), metavar="1..9",
         help="1-3 is --fast, 4-6 the default model, 7-9 is --best, unless a model is named; "
              "8 and 9 also search for a better latent, which takes about a minute; "
-             "other files: 1 is fastest, from 4 on text meets the language model, 9 is smallest (default 5)",
+             "other files: 1 is fastest, from 5 on text meets the language model, 9 is smallest (default 5)",
     )  # fmt: skip
     text = f"length of that search, with any effort and model (default {ANNEALING[8]} for -e 8, {ANNEALING[9]} for -e 9)"
     how.add_argument("--iterations", type=count_of(0), metavar="N", help=text)
