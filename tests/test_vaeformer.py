@@ -218,3 +218,61 @@ def test_same_everywhere(codec, tmp_path):
         hashes |= set(found)
     assert len(hashes) == 1
     assert len(capabilities) > 1, "this machine knows one instruction set only: nothing was compared"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Two small files in the manner of the climate data."""
+    import xarray as xr
+
+    path = tmp_path_factory.mktemp("climate")
+    lat, lon = np.linspace(90, -90, 37), np.arange(72) * 5.0
+    x = weather(2, 3, 37, 72).astype(np.float32)
+    x[0, 1] = np.nan  # a level without data
+    grid = {"latitude": lat, "longitude": lon}
+    levels = grid | {"level": [850, 500, 200]}
+    xr.Dataset({"t": (("time", "level", "latitude", "longitude"), x)}, levels).to_netcdf(path / "a.nc")
+    gh = (5500 + 3 * weather(1, 37, 72)).astype(np.float32)
+    xr.Dataset({"gh": (("time", "latitude", "longitude"), gh)}, grid).to_netcdf(path / "b.nc")
+    return path
+
+
+def test_training_fields(folder):
+    from neuralcodec.train.climate import CROP, Sampler, load_fields
+
+    found = load_fields(folder)
+    assert len(found) == 6 and all(f.periodic for f in found)
+    assert {f.plane for f in found} == {Plane("t", p) for p in (850, 500, 200)} | {Plane("z", 0)}
+    assert float(found[-1].values.abs().max()) < 12  # geopotential, not its height
+    x, facts, weights = Sampler(found, 0, 8).batch(5)
+    assert x.shape == weights.shape == (5, 1, *CROP) and facts.shape == (5, len(VARIABLES) + FACTS, CROP[0] // 8, CROP[1] // 8)
+    assert not weights[:, :, 37:].any() and not weights[..., 72:].any()
+    assert torch.allclose(weights.mean((1, 2, 3)), torch.ones(5))
+
+
+def test_training_from_files_to_weights(folder, tmp_path, monkeypatch):
+    from neuralcodec.train.climate import main
+
+    weights = tmp_path / "weights"
+    assert main(["vaeformer:test", "--data", str(folder), "--out", str(tmp_path), "--minutes", "0.05", "--weights",
+                 str(weights)]) == 0  # fmt: skip
+    card = json.loads((weights / "vaeformer-test.json").read_text())
+    assert card["training"]["steps"] > 0 and card["training"]["fields"] == 6
+    from neuralcodec.codecs.weights import load_weights
+
+    fresh = VAEformer.from_preset("test")
+    load_weights(fresh, weights / "vaeformer-test.safetensors")
+    x = weather(1, 20, 30).astype(np.float32)
+    payload, base = fresh.encode_fields(x, [Plane("t", 500)], None, 800)
+    assert np.array_equal(fresh.decode_fields(payload), base)
+
+
+def test_where_prediction_starts(folder):
+    """The table that the fields' coder starts from comes out of this recipe, and its shape is the kernel's."""
+    from neuralcodec.entropy.grid.prior import PRIOR
+    from neuralcodec.train.climate_prior import prior_of
+
+    table = prior_of(folder)
+    assert table.shape == PRIOR.shape
+    assert (np.abs(table[0, 1:3] + 16) < 16).all()  # across, finest: near the cubic -1/16
+    assert np.abs(PRIOR[0, 1:3] + 1 / 16).max() < 0.02

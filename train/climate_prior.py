@@ -72,7 +72,7 @@ def prior_of(folder: Path, seed: int = 0) -> np.ndarray:
     for kind in range(kinds):
         n = OWN[kind // REFERENCES % 2] + kind % REFERENCES * PER_REF
         square = cov[kind, :n, :n]
-        ridge = 1e-3 * np.trace(square) / n
+        ridge = 1e-3 * np.trace(square) / n or 1.0  # nothing was seen of this kind: the cubic stays
         table[kind, :n] = np.linalg.solve(square + ridge * np.eye(n), rhs[kind, :n] + ridge * cubic(n))
     return np.rint(table * 256).astype(int)
 
