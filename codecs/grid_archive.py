@@ -31,6 +31,7 @@ import numpy as np
 from ..container import cbor
 from ..container.errors import CodecError, CorruptStream, UnsupportedInput, UsageError
 from ..container.format import DEFAULT_LIMITS
+from ..media.grid import RECORD as KEY
 from ..media.grid import STRING, Layout, Source, Variable, open_grid
 from .grid_bounds import Wanted, resolve
 from .grid_chunk import Coding, Stats, _packed, _unpacked, coding_of
@@ -51,7 +52,6 @@ from .grid_file import (
     plain_attributes,
 )
 
-KEY = "neuralcodec"
 VERSION = 1
 TIME_CHUNK = 8192
 """Steps in a chunk of a time coordinate or another small variable along time."""

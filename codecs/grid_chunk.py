@@ -34,7 +34,7 @@ KINDS = ("lossless", "absolute", "relative", "range", "bits", "quality", "rmse")
 BEST_EFFORT = ("quality", "rmse")
 BASE_LEVEL = 500
 """Level 0..1000 of a network that a residual within a bound stands on."""
-GROUP_VALUES = 1 << 24
+GROUP_VALUES = 1 << 23
 SMALL = 512  # values below which a general compressor is as good as a model of fields, and without a bound:
 SMALL_LOSSLESS = 4096
 _LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 6}]

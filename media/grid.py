@@ -23,6 +23,8 @@ NETCDF = {".nc", ".nc4", ".cdf", ".netcdf"}
 GRIB = {".grib", ".grib2", ".grb", ".grb2", ".grib1", ".grb1"}
 ZARR = {".zarr"}
 SUFFIXES = NETCDF | GRIB | ZARR
+RECORD = "neuralcodec"
+"""Attribute of our archives with what Zarr cannot hold."""
 STRING = "str"
 """``Variable.dtype`` of texts of any length (NC_STRING)."""
 # what netCDF-4 stores and this format therefore keeps
@@ -266,7 +268,8 @@ def _layout(path: str, data: Any, names: list[str], dims: dict[str, int]) -> Lay
             attrs["dtype"] = "bool"
         variables[name] = Variable(name, tuple(map(str, variable.dims)), tuple(variable.shape), code, attrs,
                                    _storage(variable.encoding, len(variable.dims)))  # fmt: skip
-    attrs = {str(k): _attribute(path, str(k), v) for k, v in data.attrs.items()}
+    # an archive of ours keeps its own record there
+    attrs = {str(k): _attribute(path, str(k), v) for k, v in data.attrs.items() if not (k == RECORD and isinstance(v, dict))}
     unlimited = tuple(d for d in dims if d in data.encoding.get("unlimited_dims", ()))
     return Layout(dims, unlimited, attrs, variables)
 

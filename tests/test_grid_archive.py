@@ -90,6 +90,13 @@ def test_back_to_netcdf_with_types_and_storage(tmp_path):
             assert np.asarray(v[...]).tobytes() == np.asarray(first).tobytes(), name
 
 
+def test_an_archive_can_be_coded_again(tmp_path):
+    encode_archive(parts(tmp_path, 1), str(tmp_path / "a.zarr"), {})
+    assert main(["encode", str(tmp_path / "a.zarr"), "-o", str(tmp_path / "x.nlc")]) == 0
+    with xarray.open_zarr(tmp_path / "a.zarr") as a, xarray.open_dataset(tmp_path / "x.nlc") as x:
+        assert x.t.equals(a.t) and x.u.equals(a.u) and "neuralcodec" not in x.attrs
+
+
 @pytest.mark.parametrize("times", [1, 4, 5])
 def test_append(tmp_path, times):
     """Also when the last chunk is not full: what was there keeps its values, so no error is added to an error."""
