@@ -18,7 +18,7 @@ import numpy as np
 from ..codecs import bytefile, registry
 from ..container.errors import CodecError, UsageError
 from ..container.format import read_head
-from ..entropy.bytes import binary, detect, framing
+from ..entropy.bytes import binary, blocks, framing
 from .peers_bytes import Brotli, BytesPeer, Lzma, Ppmd, Zlib, Zstd
 
 PEERS: tuple[tuple[str, type[BytesPeer], int], ...] = (
@@ -88,8 +88,7 @@ def ablate(codec: bytefile.BytesCodec, data: bytes, effort: int) -> dict[str, in
     what = framing.describe(block)
     data = data[: what.length]
     if what.method == framing.MIXED:
-        array = np.frombuffer(data, np.uint8)
-        kind, stride, row = detect.kind_of(array, effort)
+        array, _, kind, stride, row = blocks.prepare(np.frombuffer(data, np.uint8), effort)
         plan = binary.plan_of(effort, kind)
 
         def size(changed: binary.Plan) -> int:

@@ -59,16 +59,24 @@ def _smallest(data: bytes, candidates: list[tuple[int, bytes]]) -> bytes:
     return frame(method, data, code)
 
 
-def _mixed(array: np.ndarray, effort: int) -> bytes | None:
+def prepare(array: np.ndarray, effort: int) -> tuple[np.ndarray, int, int, int, int]:
+    """(filtered bytes, filter, kind, stride, row): how context mixing takes a block."""
     kind, stride, row = detect.kind_of(array, effort)
+    which = filters.NONE
+    if kind == binary.MACHINE:
+        which = filters.NAMES.get(detect.machine_of(array[:4096].tobytes()) or "", filters.NONE)
+        filtered = filters.forward(array, which)
+        if np.array_equal(filters.inverse(filtered, which), array):
+            return filtered, which, kind, stride, row
+        which = filters.NONE
+    return array, which, kind, stride, row
+
+
+def _mixed(array: np.ndarray, effort: int) -> bytes | None:
+    array, which, kind, stride, row = prepare(array, effort)
     head = bytes([effort | kind << 4])
     if kind == binary.MACHINE:
-        machine = detect.machine_of(array[:4096].tobytes())
-        which = filters.NAMES.get(machine or "", filters.NONE)
-        filtered = filters.forward(array, which)
-        if not np.array_equal(filters.inverse(filtered, which), array):
-            which, filtered = filters.NONE, array
-        head, array = head + bytes([which]), filtered
+        head += bytes([which])
     if kind != binary.GENERAL:
         head += varint(stride) + varint(row)
     code = binary.encode(array, binary.plan_of(effort, kind), stride, row)
