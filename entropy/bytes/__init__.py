@@ -1,1 +1,1 @@
-"""Lossless coding of bytes: context mixing (``mixing``, ``binary``), its blocks (``blocks``), and text with a language model."""
+"""Lossless coding of bytes: context mixing (``mixing``, ``binary``), blocks of a file (``blocks``), text (``language``)."""
