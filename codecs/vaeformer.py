@@ -24,7 +24,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -362,6 +361,13 @@ def normalisation(plane: Plane, x: np.ndarray) -> tuple[float, float]:
     return (mean, std) if np.isfinite([mean, std]).all() and std > 0 else (0.0, 1.0)
 
 
+def _checksum(data: bytes) -> bytes:
+    """CRC32C, four bytes."""
+    import google_crc32c  # training does without
+
+    return struct.pack("<I", google_crc32c.value(data))
+
+
 def facts_of(planes: Sequence[Plane], rows: Sequence[int], columns: int) -> np.ndarray:
     """(N, len(VARIABLES) + FACTS, h, w) integers on 2**-ACT_FRAC. rows: latitude of each row of tokens in 1/100 degree.
 
@@ -483,7 +489,7 @@ class VAEformer(Codec):
             out.append(struct.pack("<I", len(payload)) + payload)
             base[i] = self._synthesise(payload, facts, level, height, width, mean, std)
         payload = b"".join(out)
-        return payload + struct.pack("<I", google_crc32c.value(payload)), base
+        return payload + _checksum(payload), base
 
     def _synthesise(self, payload: bytes, facts: Tensor, level: int, height: int, width: int, mean: float,
                     std: float) -> np.ndarray:  # fmt: skip
@@ -496,7 +502,7 @@ class VAEformer(Codec):
     @torch.no_grad()
     def decode_fields(self, payload: bytes, *, only: Sequence[int] | None = None) -> np.ndarray:
         """Inverse of ``encode_fields``: float64 (N, H, W), or only these fields. CorruptStream on damage."""
-        if len(payload) < 4 or struct.pack("<I", google_crc32c.value(bytes(payload[:-4]))) != payload[-4:]:
+        if len(payload) < 4 or _checksum(bytes(payload[:-4])) != payload[-4:]:
             raise CorruptStream("neural payload: its checksum is wrong")
         view = memoryview(payload)[:-4]
 

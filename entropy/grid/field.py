@@ -33,8 +33,9 @@ BANDS_MAX = 8
 TRIAL_VALUES = 1 << 16
 # forgetting, samples between solutions, ridge; fields of many rows want the first, stacks of small ones the second
 PACES = ((0.97, 64, 10.0), (0.95, 32, 10.0))
-# how much finer each coarser stage is quantised, and at most; the last is best for the mean squared error
-SLOPES = ((1.0, 1.0), (1.15, 2.0), (1.35, 2.0), (1.22, 8.0))
+# how much finer each coarser stage is quantised, and at most; the last two are for small mean squared errors
+SLOPES = ((1.0, 1.0), (1.15, 2.0), (1.35, 2.0), (1.22, 8.0), (1.4, 8.0))
+GENTLE, STEEP = 3, 4
 ROUNDING = {"bound": 0.5, "rmse": 0.38}  # residuals of 1 - ROUNDING steps are coded; others stay with the prediction
 _HEAD = struct.Struct("<BBBBBB")
 _CRC = struct.Struct("<I")
@@ -269,8 +270,9 @@ def _cut(array: np.ndarray, part: tuple[slice, slice]) -> np.ndarray:
 
 
 def _encode_parts(plan: _Plan, target: np.ndarray, classes: np.ndarray | None, base: np.ndarray | None,
-                  threads: int) -> list[bytes]:  # fmt: skip
-    """The streams of all parts. target (T, L, H, W), classes likewise or None, base int32 likewise or None."""
+                  threads: int, errors: list[float] | None = None) -> list[bytes]:  # fmt: skip
+    """The streams of all parts. target (T, L, H, W), classes likewise or None, base int32 likewise or None. ``errors`` gets the
+    mean squared error of each, in lattice units."""
     parts = plan.parts()
 
     def work(i: int) -> bytes:
@@ -285,6 +287,8 @@ def _encode_parts(plan: _Plan, target: np.ndarray, classes: np.ndarray | None, b
             buf = np.zeros(room, np.uint8)
             used = _run(plan, planes, base is not None, target.shape[0], mask, wanted, offset, inverse, buf, False)
             if used >= 0:
+                if errors is not None:
+                    errors.append(float(np.square(planes[-len(wanted) :] - (wanted - offset) * inverse).mean()))
                 return buf[:used].tobytes()
             room *= 4
             planes[len(planes) - len(wanted) :] = 0
@@ -570,10 +574,28 @@ def _search(plan: _Plan, target: np.ndarray, classes: np.ndarray | None, base: n
     sizes = [size(pace, 0) for pace in range(len(PACES))]
     plan.pace = int(np.argmin(sizes))
     if plan.rounding != 0.5:
-        plan.slope = len(SLOPES) - 1
+        trial.pace = plan.pace
+        plan.slope = _slope_for_rmse(trial, sample, *others)
     elif plan.step == STEP and min(sizes) * 8 < sample.size:
-        sizes = [sizes[plan.pace], *(size(plan.pace, slope) for slope in range(1, len(SLOPES) - 1))]
+        sizes = [sizes[plan.pace], *(size(plan.pace, slope) for slope in range(1, GENTLE))]
         plan.slope = int(np.argmin(sizes))
+
+
+def _slope_for_rmse(trial: _Plan, sample: np.ndarray, classes: np.ndarray | None, base: np.ndarray | None) -> int:
+    """Which slope gives the smaller mean squared error for its bytes: at twice the bound, the gentle one says what bytes are
+    worth, and both are compared at that exchange rate."""
+
+    def cost(slope: int, coarser: float) -> tuple[float, float]:
+        plan, errors = replace(trial, slope=slope), []
+        plan.scale = replace(trial.scale, delta=trial.scale.delta * coarser)  # type: ignore[type-var]
+        size = len(_encode_parts(plan, sample, classes, base, 1, errors)[0])
+        return float(np.log(size)), float(np.log(max(errors[0] * coarser**2, 1e-9)))
+
+    rate, error = cost(GENTLE, 1.0)
+    less, more = cost(GENTLE, 2.0)
+    steep_rate, steep_error = cost(STEEP, 1.0)
+    worth = (rate - less) / (more - error) if more > error and rate > less else 0.0
+    return STEEP if steep_rate + worth * steep_error < rate + worth * error else GENTLE
 
 
 def _checked_plan(payload: bytes, limit: int) -> tuple[_Plan, _Reader]:
