@@ -46,6 +46,7 @@ from .grid_file import (
     attributes_of,
     chunk_shape,
     describe_box,
+    fitting,
     is_periodic,
     lossy_layout,
     now,
@@ -515,16 +516,17 @@ def _tasks(store: str, plans: list[Plan], found: Survey, first: int, grib_filter
 Runner = Callable[[Iterator[Task]], Iterator[Stats]]
 
 
-def local_runner(threads: int) -> Runner:
-    """Dask's threads in this process."""
+def local_runner(threads: int | None = None) -> Runner:
+    """Dask's threads in this process: as many as asked for, or one per core where their chunks fit into ``MEMORY``."""
 
     def run(tasks: Iterator[Task]) -> Iterator[Stats]:
         import dask
 
-        window = WINDOW * threads if threads > 1 else 1
-        while batch := list(itertools.islice(tasks, window)):
+        most = threads or max(os.cpu_count() or 1, 1)
+        while batch := list(itertools.islice(tasks, WINDOW * most)):
+            workers = threads or fitting(most, max(math.prod(t.chunks) for t in batch))
             yield from dask.compute(*(dask.delayed(run_task, pure=False)(t) for t in batch), scheduler="threads",
-                                    num_workers=threads)  # fmt: skip
+                                    num_workers=workers)  # fmt: skip
 
     return run
 
@@ -603,7 +605,7 @@ def encode_archive(paths: list[str], store: str, wanted: dict[str, Wanted] | Non
     already are skipped; later ones need ``append``. ``model``: a network for what is lossy. UsageError when it was made with
     other bounds.
     """
-    runner = runner or local_runner(max(os.cpu_count() or 1, 1))
+    runner = runner or local_runner()
     grib_filter = grib_filter or {}
     if force and os.path.lexists(store):
         if not is_archive(store):

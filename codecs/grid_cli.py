@@ -193,7 +193,7 @@ def encode_file(args: argparse.Namespace, name: str, target: str) -> None:
     from ..cli import opened, report, say
     from ..media.grid import open_grid
     from .grid_bounds import bound_text, tier
-    from .grid_file import GridFile, encode_grid, verify
+    from .grid_file import CHUNK_VALUES, GridFile, encode_grid, fitting, verify
 
     check(args)
     bounds = _bounds_of(args)
@@ -207,7 +207,10 @@ def encode_file(args: argparse.Namespace, name: str, target: str) -> None:
             else:
                 out = stack.enter_context(opened(target, args.force))
             with meter(args, os.path.basename(name)) as progress:
-                stats = encode_grid(source, limits, out, folder, workers=_workers(args), progress=progress, **_options(args))
+                # a chunk is at most all of the largest variable
+                largest = min(max((v.size for v in source.layout.variables.values()), default=1), CHUNK_VALUES)
+                workers = args.threads or fitting(_workers(args), largest)
+                stats = encode_grid(source, limits, out, folder, workers=workers, progress=progress, **_options(args))
             worst = {}
             if args.verify:
                 out.flush()
@@ -270,7 +273,7 @@ def encode_archive(args: argparse.Namespace, names: list[str]) -> int:
         raise UsageError("--rm does not work with archives, which are made of many files over time")
     if strange := [n for n in names if not is_grid_name(n)]:
         raise UnsupportedInput(f"{strange[0]}: is not netCDF, GRIB or Zarr by its name; archives are made of those")
-    runner: Runner = cluster_runner(args.scheduler) if args.scheduler else local_runner(_workers(args))
+    runner: Runner = cluster_runner(args.scheduler) if args.scheduler else local_runner(args.threads)
     start = time.perf_counter()
     with meter(args, os.path.basename(args.output.rstrip("/")), lines=True) as progress:
         outcome = encode_archive([os.path.abspath(n) for n in names], args.output.rstrip("/"), bounds=_bounds_of(args),

@@ -35,6 +35,10 @@ TIMES = 4
 """Time steps of a chunk: few, so that one time of one variable is a small part of a long file."""
 CHUNK_VALUES = 1 << 23
 """Values of a chunk at most: what bounds the memory."""
+MEMORY = 1 << 30
+"""Bytes that all chunks under way may need together, unless the caller names a number of threads."""
+VALUE_MEMORY = 32
+"""Bytes that coding a value needs, by measurement."""
 INLINE = 1 << 14
 """Bytes up to which a variable lies in the index."""
 CACHE = 1 << 27
@@ -164,6 +168,11 @@ def attributes_of(rows: Any) -> dict[str, Any]:
 
 
 # --- encode -----------------------------------------------------------------------------------------------------------
+
+
+def fitting(workers: int, values: int) -> int:
+    """Threads of ``workers`` for which chunks of ``values`` fit into ``MEMORY``."""
+    return min(workers, max(1, MEMORY // (VALUE_MEMORY * max(values, 1))))
 
 
 def ordered_map(tasks: Iterator[Any], work: Callable[[Any], Any], workers: int) -> Iterator[Any]:

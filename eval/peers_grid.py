@@ -176,12 +176,12 @@ class OursGrid(Subject):
     """Our coder of fields without a network, ``grid:exact``, through a file of one variable."""
 
     ours, kind, name, settings = True, "grid", "grid:exact", BOUNDS
+    goal, about = "absolute", "coder of fields within a bound; the setting is the bound over the range"
 
     def __init__(self) -> None:
         from .. import __version__
 
-        self.describe = "error-bounded coder of fields; the setting is the bound over the range"
-        self.identity = f"neuralcodec {__version__}"
+        self.describe, self.identity = self.about, f"neuralcodec {__version__}"
 
     def bound(self, sample: np.ndarray, setting: float) -> float | None:
         return bound_of(sample, setting)
@@ -191,7 +191,7 @@ class OursGrid(Subject):
         from ..codecs.grid_file import CODEC, NO_MODEL, PRESET
         from ..container.format import Segment, Stream, dumps
 
-        coding = Coding("f4", "LYX", "absolute", bound_of(sample, setting))
+        coding = Coding("f4", "LYX", self.goal, bound_of(sample, setting))
         payload, _ = encode_chunk(np.ascontiguousarray(sample, np.float32), coding)
         header = {"s": list(sample.shape), "k": coding.plain()}
         return dumps(Stream(CODEC, PRESET, NO_MODEL, header, [Segment("data", payload)]))
@@ -202,6 +202,16 @@ class OursGrid(Subject):
 
         stream = loads(data)
         return decode_chunk(stream.segments[0].data, tuple(stream.header["s"]), Coding.of(stream.header["k"]))
+
+
+class OursRmse(OursGrid):
+    """The same at a root mean square error: the best-effort tier without a network."""
+
+    name, settings = "grid:rmse", tuple(b / 2 for b in BOUNDS)
+    goal, about = "rmse", "coder of fields at a root mean square error; the setting is that over the range"
+
+    def bound(self, sample: np.ndarray, setting: float) -> float | None:
+        return None
 
 
 class NeuralGrid(Subject):

@@ -49,10 +49,10 @@ def make(name: str, qualities: Sequence[float] = QUALITIES, kind: str = "image")
     if is_peer(name):
         return peer(name, kind)
     if kind == "grid":
-        from .peers_grid import NeuralGrid, OursGrid
+        from .peers_grid import NeuralGrid, OursGrid, OursRmse
 
-        if name == OursGrid.name:
-            return OursGrid()
+        if name in (OursGrid.name, OursRmse.name):
+            return OursGrid() if name == OursGrid.name else OursRmse()
         if name.partition(":")[0] == "vaeformer":
             return NeuralGrid(name, qualities)
     if kind == OursBytes.kind:

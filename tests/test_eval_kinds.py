@@ -69,6 +69,10 @@ def test_our_coder_of_fields_is_measured_like_a_peer(tmp_path):
         assert point["ratio_float32"] == pytest.approx(values.size * 4 / point["bytes"]) == 2 * point["ratio_int16"]
         sizes.append(point["bytes"])
     assert sizes[0] < sizes[1]
+    rmse = run.make("grid:rmse", kind="grid")
+    aimed = run.measure(rmse, KINDS["grid"], sample, 1e-3, tmp_path, ["snr", "rmse_relative"])
+    error = np.sqrt(np.mean((rmse.decode(rmse.encode(values, 1e-3)).astype(float) - values) ** 2))
+    assert 0.8e-3 < error / np.ptp(values.astype(float)) <= 1e-3 and "max_error_over_bound" not in aimed
     pooled = KINDS["grid"].pool([point, point | {"max_error_over_bound": 2.0}])
     assert pooled["max_error_over_bound"] == 2.0 and pooled["ratio_float32"] == pytest.approx(point["ratio_float32"])
 

@@ -20,7 +20,7 @@ from neuralcodec.cli import main
 from neuralcodec.codecs import bitinformation, grid_neural
 from neuralcodec.codecs.grid_bounds import parse_bounds, resolve
 from neuralcodec.codecs.grid_chunk import Coding, decode_chunk, encode_chunk
-from neuralcodec.codecs.grid_file import GridFile, chunk_shape, decode_grid, encode_grid, verify
+from neuralcodec.codecs.grid_file import GridFile, chunk_shape, decode_grid, encode_grid, fitting, verify
 from neuralcodec.codecs.grid_neural import About
 from neuralcodec.container.errors import CodecError, CorruptStream, ModelMismatch, UnsupportedInput, UsageError
 from neuralcodec.container.format import loads
@@ -259,6 +259,7 @@ def test_memory_is_bounded_by_chunks():
     assert chunk_shape((1000, 37, 721, 1440), "TLYX") == (1, 8, 721, 1440)
     assert chunk_shape((1000, 721, 1440), "TYX") == (4, 721, 1440)
     assert chunk_shape((20000, 40000), "YX") == (209, 40000)
+    assert fitting(8, 37 * 721 * 1440) == 1 and fitting(8, 4 * 721 * 1440) == 8 and fitting(8, 1 << 23) == 4
     assert chunk_shape((2, 3), "YX") == (2, 3) and chunk_shape((0, 5, 5), "TYX") == (1, 5, 5)
 
 
