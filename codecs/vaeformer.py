@@ -84,6 +84,7 @@ class Config:
     windows: tuple[Window, ...]  # of the blocks in turn
     latent: FieldLatent
     tokens: tuple[int, int] | None = None
+    reach: Window = (0, 0)  # a global block sees no more than such a window, whatever the grid; (0, 0): everything
     final_norm: bool = False  # as published; it takes the amplitude out of a token, which a linear start needs
 
 
@@ -148,8 +149,9 @@ def norm(channels: int, exact: bool) -> nn.Module:
 class Attention(nn.Module):
     """Multi-head attention inside windows, (B, C, h, w) -> the same; ``bias``: with a learned one per offset."""
 
-    def __init__(self, channels: int, heads: int, window: Window, bias: bool, exact: bool):
+    def __init__(self, channels: int, heads: int, window: Window, bias: bool, exact: bool, reach: Window = (0, 0)):
         super().__init__()
+        self.reach = window if window[0] else reach
         self.heads, self.window, self.scale = heads, window, (channels // heads) ** -0.5
         self.qkv = linear(channels, 3 * channels, exact)
         n, m = window
@@ -160,7 +162,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Map) -> Map:
         b, c, h, w = x.shape
-        n, m = (min(self.window[0], h), min(self.window[1], w)) if self.window[0] else (h, w)
+        n, m = (min(self.reach[0], h), min(self.reach[1], w)) if self.reach[0] else (h, w)
         exact = isinstance(x, Grid)
         qkv = self.qkv(x)
         tokens = qkv.move(lambda t: cut(t, n, m)) if exact else cut(qkv, n, m)
@@ -188,10 +190,10 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then + MLP(norm(x)), on maps (B, C, h, w); ``exact`` also on grids, once frozen."""
 
-    def __init__(self, channels: int, heads: int, window: Window, bias: bool, exact: bool):
+    def __init__(self, channels: int, heads: int, window: Window, bias: bool, exact: bool, reach: Window = (0, 0)):
         super().__init__()
         self.norm1, self.norm2 = (norm(channels, exact) for _ in range(2))
-        self.attention = Attention(channels, heads, window, bias, exact)
+        self.attention = Attention(channels, heads, window, bias, exact, reach)
         self.up, self.down = linear(channels, 4 * channels, exact), linear(4 * channels, channels, exact)
         self.gelu = ExactGELU() if exact else nn.GELU()
         with torch.no_grad():
@@ -292,8 +294,10 @@ class Analysis(nn.Module):
         self.positions = Positions(config, False)
         count = config.blocks[0]
         windows = [config.windows[i % len(config.windows)] for i in range(count)]
-        self.trunk = nn.Sequential(*(Block(config.width, config.heads, w, bias, False) for w in windows[:-1]))
-        self.heads = nn.ModuleList(Block(config.width, config.heads, windows[-1], bias, False) for _ in range(2))
+        self.trunk = nn.Sequential(*(Block(config.width, config.heads, w, bias, False, config.reach) for w in windows[:-1]))
+        self.heads = nn.ModuleList(
+            Block(config.width, config.heads, windows[-1], bias, False, config.reach) for _ in range(2)
+        )
         self.quant = nn.Conv2d(2 * config.width, 2 * config.latent.channels, 1)
 
     def forward(self, x: Tensor, facts: Tensor) -> tuple[Tensor, Tensor]:
@@ -314,7 +318,7 @@ class Synthesis(nn.Module):
         self.positions = None if config.tokens else Positions(config, True)
         first = config.blocks[0]
         windows = [config.windows[(first + i) % len(config.windows)] for i in range(config.blocks[1])]
-        self.trunk = nn.Sequential(*(Block(config.width, config.heads, w, bias, True) for w in windows))
+        self.trunk = nn.Sequential(*(Block(config.width, config.heads, w, bias, True, config.reach) for w in windows))
         self.norm = norm(config.width, True) if config.final_norm else nn.Identity()
         self.patches = ExactConv2d(config.width, config.channels * config.patch[0] * config.patch[1], 1, bias=False)
 
@@ -397,10 +401,11 @@ class VAEformer(Codec):
     presets = {
         "test": Config(1, (8, 8), 8, 32, 2, (2, 1), ((4, 6), (0, 0)),
                        FieldLatent(slices=(8, 16), hyper=8, width=32, heads=2, blocks=1, features=32, context=32, trunk=32,
-                                   squeeze=16, residual=16, lambda_low=LOWEST, lambda_high=HIGHEST)),
+                                   squeeze=16, residual=16, lambda_low=LOWEST, lambda_high=HIGHEST), reach=(8, 12)),
         "light": Config(1, (8, 8), 8, 96, 4, (3, 3), ((4, 6), (0, 0), (8, 4)),
                         FieldLatent(slices=(8, 16, 24), hyper=16, width=64, heads=4, blocks=1, features=64, context=64,
-                                    trunk=64, squeeze=32, residual=32, lambda_low=LOWEST, lambda_high=HIGHEST)),
+                                    trunk=64, squeeze=32, residual=32, lambda_low=LOWEST, lambda_high=HIGHEST),
+                        reach=(8, 12)),
         "paper": Config(268, (11, 10), 10, 1024, 16, (12, 12), ((24, 24), (12, 48), (48, 12), (0, 0)),
                         FieldLatent(slices=(256,), hyper=256, width=360, heads=5, blocks=4, features=512, lambda_low=LOWEST,
                                     lambda_high=HIGHEST), tokens=(72, 144), final_norm=True),
