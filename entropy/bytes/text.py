@@ -593,12 +593,12 @@ class TextCoder:
         self.model = model
 
     def encode(self, data: bytes, effort: int) -> bytes:
-        """Efforts 1..4 leave the language model out; 8 and 9 try faster learning too, and keep the shorter code."""
+        """Efforts 1..4 leave the language model out; 8 and 9 try what markup and large files like too, and keep the shorter."""
         tried = [TextOptions()]
         if effort <= 4:
             tried = [TextOptions().without("model")]
         elif effort >= 8:
-            tried.append(TextOptions(head_rate=130))
+            tried.append(TextOptions(mixer_rate=320, table_bits=22))
         return min((options.to_bytes() + encode_text(data, self.model, options) for options in tried), key=len)
 
     def decode(self, code: bytes, length: int) -> bytes:
