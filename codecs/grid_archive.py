@@ -17,12 +17,13 @@ import math
 import os
 import shutil
 import tempfile
+import threading
 import warnings
 from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ TIME_CHUNK = 8192
 """Steps in a chunk of a time coordinate or another small variable along time."""
 CONNECT_S = 15
 """Seconds to wait for a scheduler."""
+OPEN_FILES = 4
+"""Source files that a thread keeps open."""
 WINDOW = 4
 """Tasks under way for each thread or worker: enough to keep it busy, few enough to stop quickly."""
 _PARTIAL = ".partial"
@@ -418,9 +421,19 @@ class Task:
     old: int = 0  # steps at the front that are taken from the chunk that is there already
 
 
-@lru_cache(maxsize=4)
+_files = threading.local()  # each thread has files of its own: one that it closes is in nobody's hands
+
+
 def _opened(path: str, identity: tuple[int, int], grib_filter: tuple[tuple[str, Any], ...]) -> Source:
-    return open_grid(path, dict(grib_filter))
+    """A source file, kept open for the next tasks of this thread."""
+    kept: OrderedDict = _files.__dict__.setdefault("kept", OrderedDict())
+    key = path, identity, grib_filter
+    if key not in kept:
+        while len(kept) >= OPEN_FILES:
+            kept.popitem(last=False)[1].close()
+        kept[key] = open_grid(path, dict(grib_filter))
+    kept.move_to_end(key)
+    return kept[key]
 
 
 def run_task(task: Task) -> Stats:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -33,7 +32,13 @@ _REFERENCES = ("coordinates", "bounds", "grid_mapping", "cell_measures", "ancill
                "quantization")  # fmt: skip
 # storage settings of netCDF-4 that are kept; other filters (they need plug-ins) become deflate
 _STORAGE = ("zlib", "complevel", "shuffle", "fletcher32", "contiguous", "chunksizes")
-_lock = threading.RLock()  # the netCDF library is not thread-safe
+
+
+def netcdf_lock() -> Any:
+    """What must be held around netCDF4: the library is not thread-safe, and xarray, which reads for us, holds the same lock."""
+    from xarray.backends.netCDF4_ import NETCDF4_PYTHON_LOCK
+
+    return NETCDF4_PYTHON_LOCK
 
 
 @dataclass(frozen=True)
@@ -161,8 +166,7 @@ class Source:
         """Values of ``name``, in native byte order; texts as an object array of str. UnsupportedInput when unreadable."""
         variable = self._data.variables[name]
         try:
-            with _lock:
-                values = np.asarray((variable[box] if box else variable).values)
+            values = np.asarray((variable[box] if box else variable).values)
         except (OSError, RuntimeError, KeyError, ValueError) as error:
             raise UnsupportedInput(f"{self.path}: {name} cannot be read ({str(error).splitlines()[0]})") from None
         if self.layout.variables[name].dtype == STRING:
@@ -170,8 +174,7 @@ class Source:
         return np.ascontiguousarray(values, np.dtype(self.layout.variables[name].dtype)).reshape(values.shape)
 
     def close(self) -> None:
-        with _lock:
-            self._data.close()
+        self._data.close()
 
     def __enter__(self) -> Source:
         return self
@@ -207,8 +210,7 @@ def open_grid(path: str | os.PathLike[str], grib_filter: dict[str, Any] | None =
         names, dims = _check_netcdf(path)
         options |= {"engine": "netcdf4"}
     try:
-        with _lock:
-            data = xarray.open_dataset(path, **options)
+        data = xarray.open_dataset(path, **options)
     except ValueError as error:
         if suffix in GRIB and "unrecognized engine" in str(error):
             raise UsageError("GRIB files need the extra packages cfgrib and eccodes: pip install 'neuralcodec[grib]'") from None
@@ -236,7 +238,7 @@ def _check_netcdf(path: str) -> tuple[list[str], dict[str, int]]:
     import netCDF4
 
     try:
-        with _lock, netCDF4.Dataset(path) as file:
+        with netcdf_lock(), netCDF4.Dataset(path) as file:
             if file.groups:
                 names = ", ".join(sorted(file.groups)[:5])
                 raise UnsupportedInput(f"{path}: has groups ({names}), which are not coded; write each to its own file")
@@ -316,7 +318,11 @@ class Target:
     def __init__(self, path: str, layout: Layout):
         import netCDF4
 
-        self._file = netCDF4.Dataset(path, "w", format="NETCDF4")
+        with netcdf_lock():
+            self._file = netCDF4.Dataset(path, "w", format="NETCDF4")
+            self._start(layout)
+
+    def _start(self, layout: Layout) -> None:
         self._file.set_auto_mask(False)
         self._file.set_auto_scale(False)
         for name, size in layout.dims.items():
@@ -344,7 +350,7 @@ class Target:
 
     def write(self, name: str, box: tuple[slice, ...], values: np.ndarray) -> None:
         """Fill a box of a variable with raw values."""
-        with _lock:
+        with netcdf_lock():
             if box:
                 self._file.variables[name][box] = values
             elif values.dtype == object:
@@ -353,7 +359,7 @@ class Target:
                 self._file.variables[name].assignValue(values[()])
 
     def close(self) -> None:
-        with _lock:
+        with netcdf_lock():
             self._file.close()
 
 
