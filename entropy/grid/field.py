@@ -27,7 +27,7 @@ STEP = 256  # of the quantiser in lattice units: predictions have 8 bits below a
 LATTICE_MAX = 1 << 29  # largest |lattice value|; what lies beyond is stored as it is
 FINITE, NAN, PLUS_INF, MINUS_INF, WILD, ZERO, NEGATIVE = range(7)  # classes of cells
 CODED = (FINITE, NEGATIVE)
-BAND_VALUES = 1 << 20  # a part of more values is cut into bands of rows, which threads can share
+BAND_VALUES = 1 << 19  # a part of more values is cut into bands of rows, which threads can share
 BAND_ROWS = 256  # and each has at least so many: predictors learn anew in every part
 BANDS_MAX = 8
 TRIAL_VALUES = 1 << 16
@@ -659,7 +659,7 @@ def _decode_coded(plan: _Plan, reader: _Reader, base: np.ndarray | None, chosen:
     if classes is not None:
         y[classes == NAN] = np.nan
         y[classes == PLUS_INF], y[classes == MINUS_INF], y[classes == ZERO] = np.inf, -np.inf, 0
-        y[classes == NEGATIVE] *= -1
+        y[classes == NEGATIVE] = -y[classes == NEGATIVE]
         if nan_bits:
             bits = bits_of(y)
             bits[classes == NAN] = np.frombuffer(nan_bits, bits.dtype)
