@@ -17,13 +17,12 @@ import math
 import os
 import shutil
 import tempfile
-import threading
 import warnings
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,8 @@ import numpy as np
 from ..container import cbor
 from ..container.errors import CodecError, CorruptStream, UnsupportedInput, UsageError
 from ..container.format import DEFAULT_LIMITS
+from ..media.grid import GRIB, STRING, Layout, Source, Variable, open_grid
 from ..media.grid import RECORD as KEY
-from ..media.grid import STRING, Layout, Source, Variable, open_grid
 from .grid_bounds import Wanted, resolve
 from .grid_chunk import Coding, Stats, _packed, _unpacked, coding_of
 from .grid_file import (
@@ -59,8 +58,6 @@ TIME_CHUNK = 8192
 """Steps in a chunk of a time coordinate or another small variable along time."""
 CONNECT_S = 15
 """Seconds to wait for a scheduler."""
-OPEN_FILES = 4
-"""Source files that a thread keeps open."""
 WINDOW = 4
 """Tasks under way for each thread or worker: enough to keep it busy, few enough to stop quickly."""
 _PARTIAL = ".partial"
@@ -421,19 +418,20 @@ class Task:
     old: int = 0  # steps at the front that are taken from the chunk that is there already
 
 
-_files = threading.local()  # each thread has files of its own: one that it closes is in nobody's hands
+@lru_cache(maxsize=4)
+def _grib(path: str, identity: tuple[int, int], grib_filter: tuple[tuple[str, Any], ...]) -> Source:
+    return open_grid(path, dict(grib_filter))
 
 
-def _opened(path: str, identity: tuple[int, int], grib_filter: tuple[tuple[str, Any], ...]) -> Source:
-    """A source file, kept open for the next tasks of this thread."""
-    kept: OrderedDict = _files.__dict__.setdefault("kept", OrderedDict())
-    key = path, identity, grib_filter
-    if key not in kept:
-        while len(kept) >= OPEN_FILES:
-            kept.popitem(last=False)[1].close()
-        kept[key] = open_grid(path, dict(grib_filter))
-    kept.move_to_end(key)
-    return kept[key]
+@contextmanager
+def _opened(path: str, grib_filter: tuple[tuple[str, Any], ...]) -> Iterator[Source]:
+    """A source file for one task. GRIB, which must be searched for its messages, stays open; netCDF must be closed by whom
+    it was opened, because a file that is collected later is closed at any time in any thread."""
+    if Path(path).suffix.lower() in GRIB:
+        yield _grib(path, _identity(path), grib_filter)
+    else:
+        with open_grid(path) as source:
+            yield source
 
 
 def run_task(task: Task) -> Stats:
@@ -449,13 +447,13 @@ def run_task(task: Task) -> Stats:
         box = [slice(*b) for b in task.box]
         if task.time_axis is not None:
             box[task.time_axis] = slice(first, last)
-        source = _opened(file, _identity(file), task.grib_filter)
-        values = source.read(task.name, tuple(box))
-        pieces.append(_real(values, source.layout.variables[task.name]) if task.unpack else values)
-        if task.coding.model:
-            from .grid_neural import about
+        with _opened(file, task.grib_filter) as source:
+            values = source.read(task.name, tuple(box))
+            pieces.append(_real(values, source.layout.variables[task.name]) if task.unpack else values)
+            if task.coding.model:
+                from .grid_neural import about
 
-            what = about(source, task.name, task.coding.axes, tuple(box))
+                what = about(source, task.name, task.coding.axes, tuple(box))
     values = np.concatenate(pieces, task.time_axis) if len(pieces) > 1 else pieces[0]
     # Zarr stores whole chunks: what lies behind the end is never looked at, and costs least when it is like the edge
     values = np.pad(values, [(0, c - n) for c, n in zip(task.chunks, values.shape)], "edge")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -34,11 +35,18 @@ _REFERENCES = ("coordinates", "bounds", "grid_mapping", "cell_measures", "ancill
 _STORAGE = ("zlib", "complevel", "shuffle", "fletcher32", "contiguous", "chunksizes")
 
 
-def netcdf_lock() -> Any:
-    """What must be held around netCDF4: the library is not thread-safe, and xarray, which reads for us, holds the same lock."""
+# The netCDF library is not thread-safe, and xarray holds its own lock only while it reads values, not while it opens a file. So
+# one of ours is held around every use; around direct uses also xarray's, for what other code does through xarray meanwhile.
+_lock = threading.RLock()
+
+
+@contextmanager
+def netcdf_locks() -> Iterator[None]:
+    """Both locks, for direct uses of netCDF4."""
     from xarray.backends.netCDF4_ import NETCDF4_PYTHON_LOCK
 
-    return NETCDF4_PYTHON_LOCK
+    with _lock, NETCDF4_PYTHON_LOCK:
+        yield
 
 
 @dataclass(frozen=True)
@@ -166,7 +174,8 @@ class Source:
         """Values of ``name``, in native byte order; texts as an object array of str. UnsupportedInput when unreadable."""
         variable = self._data.variables[name]
         try:
-            values = np.asarray((variable[box] if box else variable).values)
+            with _lock:
+                values = np.asarray((variable[box] if box else variable).values)
         except (OSError, RuntimeError, KeyError, ValueError) as error:
             raise UnsupportedInput(f"{self.path}: {name} cannot be read ({str(error).splitlines()[0]})") from None
         if self.layout.variables[name].dtype == STRING:
@@ -174,7 +183,8 @@ class Source:
         return np.ascontiguousarray(values, np.dtype(self.layout.variables[name].dtype)).reshape(values.shape)
 
     def close(self) -> None:
-        self._data.close()
+        with _lock:
+            self._data.close()
 
     def __enter__(self) -> Source:
         return self
@@ -210,7 +220,8 @@ def open_grid(path: str | os.PathLike[str], grib_filter: dict[str, Any] | None =
         names, dims = _check_netcdf(path)
         options |= {"engine": "netcdf4"}
     try:
-        data = xarray.open_dataset(path, **options)
+        with _lock:
+            data = xarray.open_dataset(path, **options)
     except ValueError as error:
         if suffix in GRIB and "unrecognized engine" in str(error):
             raise UsageError("GRIB files need the extra packages cfgrib and eccodes: pip install 'neuralcodec[grib]'") from None
@@ -221,9 +232,11 @@ def open_grid(path: str | os.PathLike[str], grib_filter: dict[str, Any] | None =
             raise UnsupportedInput(f"{path}: {text}") from None
         raise _unreadable(path, error) from None
     try:
-        return Source(path, data, names, dims)
+        with _lock:
+            return Source(path, data, names, dims)
     except BaseException:
-        data.close()
+        with _lock:
+            data.close()
         raise
 
 
@@ -238,7 +251,7 @@ def _check_netcdf(path: str) -> tuple[list[str], dict[str, int]]:
     import netCDF4
 
     try:
-        with netcdf_lock(), netCDF4.Dataset(path) as file:
+        with netcdf_locks(), netCDF4.Dataset(path) as file:
             if file.groups:
                 names = ", ".join(sorted(file.groups)[:5])
                 raise UnsupportedInput(f"{path}: has groups ({names}), which are not coded; write each to its own file")
@@ -318,7 +331,7 @@ class Target:
     def __init__(self, path: str, layout: Layout):
         import netCDF4
 
-        with netcdf_lock():
+        with netcdf_locks():
             self._file = netCDF4.Dataset(path, "w", format="NETCDF4")
             self._start(layout)
 
@@ -350,7 +363,7 @@ class Target:
 
     def write(self, name: str, box: tuple[slice, ...], values: np.ndarray) -> None:
         """Fill a box of a variable with raw values."""
-        with netcdf_lock():
+        with netcdf_locks():
             if box:
                 self._file.variables[name][box] = values
             elif values.dtype == object:
@@ -359,7 +372,7 @@ class Target:
                 self._file.variables[name].assignValue(values[()])
 
     def close(self) -> None:
-        with netcdf_lock():
+        with netcdf_locks():
             self._file.close()
 
 
