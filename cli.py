@@ -867,7 +867,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser. ``command`` tells which sub-command will run: only its options may need heavy modules."""
     parser = _Parser(
         prog="codec",
-        description="Learned compression of pictures: encode, decode, measure, train.",
+        description="Learned compression of pictures, fields and any files: encode, decode, measure, train.",
         epilog="`codec COMMAND --help` tells more.\n\n" + EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
