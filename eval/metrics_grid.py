@@ -117,7 +117,8 @@ def resolved_wavenumber(a: np.ndarray, b: np.ndarray, latitude: np.ndarray) -> f
 
     Below 0.7 the finest waves that a user would look at are noise. """
     field, error = zonal_spectrum(a, latitude), zonal_spectrum(b.astype(np.float64) - a, latitude)
-    lost = np.flatnonzero((error >= field) & (error > 0))
+    rounding = np.finfo(a.dtype).eps ** 2 * field.sum()  # waves that only rounding made are neither kept nor lost
+    lost = np.flatnonzero((error >= field) & (error > rounding))
     lost = lost[lost > 0]
     return float(lost[0] / (len(field) - 1)) if len(lost) else 1.0
 

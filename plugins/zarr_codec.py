@@ -50,6 +50,11 @@ def check(data: bytes) -> None:
         raise CorruptStream("chunk is cut short or damaged (checksum)")
 
 
+def _native(dtype: Any) -> np.dtype:
+    """NumPy's type of a chunk: zarr has had types of its own since 3.1."""
+    return dtype.to_native_dtype() if hasattr(dtype, "to_native_dtype") else np.dtype(dtype)
+
+
 @dataclass(frozen=True)
 class NeuralcodecCodec(ArrayBytesCodec):
     """See the module. ``axes``: one of T, L, Y, X for each dimension; by default the last two are Y and X, others L.
@@ -113,15 +118,16 @@ class NeuralcodecCodec(ArrayBytesCodec):
         return {"name": NAME, "configuration": plain}
 
     def evolve_from_array_spec(self, array_spec: ArraySpec) -> NeuralcodecCodec:
-        if np.dtype(array_spec.dtype).kind not in "iuf" or np.dtype(array_spec.dtype).itemsize not in (1, 2, 4, 8):
-            raise ValueError(f"neuralcodec codes integers and floats, not {array_spec.dtype}")
-        made = self.coding(np.dtype(array_spec.dtype), len(array_spec.shape))
+        dtype = _native(array_spec.dtype)
+        if dtype.kind not in "iuf" or dtype.itemsize not in (1, 2, 4, 8):
+            raise ValueError(f"neuralcodec codes integers and floats, not {dtype}")
+        made = self.coding(dtype, len(array_spec.shape))
         if made.dtype == "f2":
             raise ValueError("neuralcodec codes floats of 32 and 64 bits")
         return self if self.axes else replace(self, axes=made.axes)
 
     async def _decode_single(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> NDBuffer:
-        coding = self.coding(np.dtype(chunk_spec.dtype), len(chunk_spec.shape))
+        coding = self.coding(_native(chunk_spec.dtype), len(chunk_spec.shape))
         if self.model:
             from ..codecs.grid_neural import load
 
