@@ -182,8 +182,9 @@ def _run(name: str, kind: str, qualities: tuple[float, ...], tasks: list[Task], 
                 try:
                     while waiting or running:
                         while waiting and len(running) < workers:
-                            task = waiting.pop(0)
+                            task = waiting[0]  # it waits on if the pool has just broken and takes nothing
                             running[pool.submit(_point, name, kind, qualities, task[1], task[2], metrics)] = task
+                            del waiting[0]
                         for future in wait(running, return_when=FIRST_COMPLETED).done:
                             point = future.result()
                             yield running.pop(future), point
@@ -191,7 +192,8 @@ def _run(name: str, kind: str, qualities: tuple[float, ...], tasks: list[Task], 
                     if workers > 1:
                         suspects += running.values()
                     else:
-                        yield next(iter(running.values())), {"error": "its process died"}
+                        for task in running.values():
+                            yield task, {"error": "its process died"}
                 except GeneratorExit:
                     pool.shutdown(cancel_futures=True)
                     raise
