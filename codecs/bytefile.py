@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, ClassVar
 
@@ -31,6 +29,7 @@ from ..container.format import (
     read_segment,
 )
 from ..entropy.bytes import blocks, framing
+from .ordered import ordered_map
 
 _IN_MEMORY = 1 << 26
 MOST_JOBS = 4
@@ -100,25 +99,6 @@ class Summary:
     model: str = ""
 
 
-def _ordered(work: Callable, items: Iterable, jobs: int) -> Iterator[Any]:
-    """``map`` over threads that looks no further ahead than there are threads."""
-    if jobs < 2:
-        yield from map(work, items)
-        return
-    with ThreadPoolExecutor(jobs) as pool:
-        waiting: deque = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) > jobs:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
 def _read_fully(file: BinaryIO, size: int) -> bytes:
     """``size`` bytes or all that is left; a pipe gives what it has."""
     parts, left = [], size
@@ -149,7 +129,7 @@ def encode_file(
     with tempfile.SpooledTemporaryFile(_IN_MEMORY) as waiting:
         spool, sizes = Spool(waiting), []
         piece = b""
-        for piece, made in _ordered(work, pieces, min(jobs, MOST_JOBS)):
+        for piece, made in ordered_map(work, pieces, min(jobs, MOST_JOBS), ahead=1):
             summary.length += len(piece)
             for block in made:
                 spool.add(Segment("data", block))
@@ -222,7 +202,7 @@ def decode_file(
     """
     length = 0
     watched = progress is not None and total > 0 and codec.watch(progress, total, decoding=True)
-    for number, data in enumerate(_ordered(codec.decode_block, _payloads(source, head), min(jobs, MOST_JOBS))):
+    for number, data in enumerate(ordered_map(codec.decode_block, _payloads(source, head), min(jobs, MOST_JOBS), ahead=1)):
         length += len(data)
         if most is not None and length > most:
             raise LimitExceeded(f"more than {most} bytes (--max-bytes)")

@@ -15,9 +15,8 @@ import os
 import tempfile
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
@@ -29,6 +28,7 @@ from ..container.format import DEFAULT_LIMITS, Entry, Limits, Segment, Spool, St
 from ..media.grid import KINDS, STRING, Layout, Source, Target, Variable
 from .grid_bounds import lossy_attributes, with_history
 from .grid_chunk import BEST_EFFORT, Coding, Stats, _packed, _unpacked, coding_of, decode_chunk, encode_chunk
+from .ordered import ordered_map
 
 CODEC, PRESET, NO_MODEL = "grid", "exact", b""
 TIMES = 4
@@ -175,25 +175,6 @@ def fitting(workers: int, values: int) -> int:
     return min(workers, max(1, MEMORY // (VALUE_MEMORY * max(values, 1))))
 
 
-def ordered_map(tasks: Iterator[Any], work: Callable[[Any], Any], workers: int) -> Iterator[Any]:
-    """Results of ``work`` in order, with at most two tasks for each thread under way: memory is that of few chunks."""
-    if workers < 2:
-        yield from map(work, tasks)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: deque = deque()
-        try:
-            for task in tasks:
-                waiting.append(pool.submit(work, task))
-                if len(waiting) >= 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
 def lossy_layout(layout: Layout, plans: list[Plan], keeps: dict[str, int], command: str, when: str,
                  worst: dict[str, float] | None = None) -> Layout:  # fmt: skip
     """The layout of the decoded file: the original's with the record of what was lost.
@@ -252,7 +233,7 @@ def encode_grid(source: Source, bounds: dict[str, tuple[str, float]], out: Binar
 
     with tempfile.TemporaryFile(dir=folder, prefix=".nlc-", suffix=".partial") as file:
         spool = Spool(file)
-        for plan, payload, cost in ordered_map(tasks, work, workers):
+        for plan, payload, cost in ordered_map(work, tasks, workers):
             spool.add(Segment("data", payload))
             total = stats.setdefault(plan.variable.name, Stats(0, 0, 0))
             total.values, total.raw, total.coded = total.values + cost.values, total.raw + cost.raw, total.coded + cost.coded
@@ -544,7 +525,7 @@ def decode_grid(grid: GridFile, target: Target | None, *, keep_going: bool = Fal
                 raise
             return plan, box, error
 
-    for plan, box, values in ordered_map(tasks, work, workers):
+    for plan, box, values in ordered_map(work, tasks, workers):
         name = plan.variable.name
         if isinstance(values, CodecError):
             damaged.append(str(values))

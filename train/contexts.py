@@ -27,7 +27,8 @@ from ..entropy.exact import freeze
 from ..eval.bdrate import bd_rate, load_anchor
 from ..nn.blocks import knot_weights
 from .data import load_folder
-from .loop import Recipe, save, transfer
+from .files import save
+from .loop import Recipe, transfer
 from .optim import optimisers
 
 LEVELS_TESTED = (0, 150, 300, 500, 700, 850)

@@ -19,9 +19,8 @@ import os
 import random
 import re
 import time
-import tomllib
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 from ..entropy.bytes.language import GATE_BITS, HEAD_BITS, MASTER_BITS, SQUARED_LIMIT, X_BITS, Config, Model
 from ..entropy.bytes.tokens import PRE_TOKEN, Tokens, learn_merges
 from ..entropy.bytes.transform import flag_capitals
+from .files import read_recipe, save
 from .freeze import write_card
 from .optim import Muon
 
@@ -335,12 +335,7 @@ class Recipe:
     @classmethod
     def read(cls, path: Path | None, **overrides: Any) -> Recipe:
         """Recipe from a TOML file; ValueError for an unknown key."""
-        values = tomllib.loads(Path(path).read_text()) if path else {}
-        values.update({k: v for k, v in overrides.items() if v is not None})
-        unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown:
-            raise ValueError(f"{path}: unknown recipe key {sorted(unknown)[0]!r}")
-        return cls(**values)
+        return read_recipe(cls, path, overrides)
 
     def shape(self, vocabulary: int) -> Shape:
         return Shape(vocabulary, self.width, self.blocks, self.hidden)
@@ -388,12 +383,6 @@ def validate(model: LanguageModel, held: dict[str, np.ndarray], tokens: Tokens, 
         figures[name] = nats / math.log(2) / size
     model.train()
     return figures
-
-
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Checkpoint, replaced atomically."""
-    torch.save(state, path.with_suffix(".partial"))
-    os.replace(path.with_suffix(".partial"), path)
 
 
 def train(data: Path, recipe: Recipe, out: Path, *, resume: bool = False, checkpoint_minutes: float = 4,

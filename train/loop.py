@@ -17,10 +17,9 @@ import json
 import math
 import os
 import time
-import tomllib
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from ..codecs import registry
 from ..codecs.base import LEVELS, ImageCodec
 from ..eval.metrics import MS_SSIM_WEIGHTS, WINDOW, ms_ssim_tensor
 from .data import Crops, load_folder
+from .files import read_recipe, save
 from .klt import start_at_klt
 from .optim import optimisers
 from .plot import plot_run
@@ -65,14 +65,10 @@ class Recipe:
     @classmethod
     def read(cls, path: Path | None, **overrides: Any) -> Recipe:
         """Recipe from a TOML file; ValueError for an unknown key."""
-        values = tomllib.loads(Path(path).read_text()) if path else {}
-        values.update({k: v for k, v in overrides.items() if v is not None})
-        unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown:
-            raise ValueError(f"{path}: unknown recipe key {sorted(unknown)[0]!r}")
-        if values.get("distortion", "mse") not in ("mse", "ms-ssim"):
-            raise ValueError(f"{path}: distortion is \"mse\" or \"ms-ssim\", not {values['distortion']!r}")
-        return cls(**values)
+        recipe = read_recipe(cls, path, overrides)
+        if recipe.distortion not in ("mse", "ms-ssim"):
+            raise ValueError(f"{path}: distortion is \"mse\" or \"ms-ssim\", not {recipe.distortion!r}")
+        return recipe
 
     def stage(self, done: float) -> dict[str, Any]:
         return next((s for s in self.stages if done < s["until"]), self.stages[-1])
@@ -163,12 +159,6 @@ def set_hard(codec: ImageCodec, hard: bool) -> None:
     codec.latent.rounded_rate = hard
     for module in (codec.g_a, *codec.latent.encoder_parts()):
         module.requires_grad_(not hard)
-
-
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Checkpoint, replaced atomically."""
-    torch.save(state, path.with_suffix(".partial"))
-    os.replace(path.with_suffix(".partial"), path)
 
 
 def train(codec: ImageCodec, stacks: list[Tensor], recipe: Recipe, out: Path, *, device: str = "cpu",
