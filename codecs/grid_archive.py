@@ -772,6 +772,7 @@ def _run(store: str, plans: list[Plan], found: Survey, layout: Layout, members: 
         done.chunks, done.raw, done.coded = done.chunks + 1, done.raw + stats.raw, done.coded + stats.coded
         if progress:
             progress(done)
+    _clean(store)  # a worker that was killed while it wrote a chunk left it half written, and another made the chunk
     group.attrs[KEY] = _record(plans, layout, members, True, found.time)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # zarr says that this is no part of the specification yet; xarray wants it

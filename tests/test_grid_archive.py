@@ -320,6 +320,22 @@ def cluster_run(folder: Path, files: list[str], times: int, patience: float = 28
         return store, time.monotonic() - start
 
 
+def test_half_written_chunks_of_lost_workers_are_swept(tmp_path):
+    files = parts(tmp_path, 1, times=4)
+    store = tmp_path / "a.zarr"
+
+    def runner(tasks):
+        for number, stats in enumerate(local_runner(1)(tasks)):
+            if number == 0:
+                chunk = next(p for p in store.rglob("t/c/*/0/0/0") if p.is_file())
+                (chunk.parent / ".0.killed.partial").write_bytes(chunk.read_bytes()[:9])
+            yield stats
+
+    encode_archive(files, str(store), BOUNDS, times=1, runner=runner)
+    encode_archive(files, str(tmp_path / "b.zarr"), BOUNDS, times=1)
+    assert not list(store.rglob("*.partial")) and contents(store) == contents(tmp_path / "b.zarr")
+
+
 def test_cluster_that_loses_a_worker(tmp_path):
     files = parts(tmp_path, 1, times=24, rows=37, columns=72)
     store, _ = cluster_run(tmp_path, files, 24)
