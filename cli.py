@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from . import __version__
 from .codecs import bytes_cli, grid_cli
@@ -60,11 +60,21 @@ def clean(text: str, longest: int = 1000) -> str:
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
+_turn: contextlib.AbstractContextManager = contextlib.nullcontext()  # in a worker: a lock that all workers of a batch share
+
+
+def write_line(text: str, file: TextIO | None) -> None:
+    """One line, whole even where several processes write to the same pipe: ``print`` sends text and line end apart."""
+    if file is not None:  # closed by the caller
+        with _turn:
+            file.write(text + "\n")
+            file.flush()
+
+
 def say(text: str) -> None:
     """A line for a person, on stderr."""
-    if sys.stderr is not None:  # closed by the caller
-        with contextlib.suppress(BrokenPipeError):
-            print(clean(text), file=sys.stderr, flush=True)
+    with contextlib.suppress(BrokenPipeError):
+        write_line(clean(text), sys.stderr)
 
 
 def complain(error: BaseException, path: str | None = None) -> int:
@@ -264,7 +274,7 @@ def read_bytes(name: str) -> bytes:
 def report(args: argparse.Namespace, row: dict[str, Any], text: str) -> None:
     """One JSON object on stdout, or one line for a person."""
     if args.json:
-        print(json.dumps(row), flush=True)
+        write_line(json.dumps(row), sys.stdout)
     elif not args.quiet:
         say(text)
 
@@ -289,14 +299,16 @@ def run_batch(args: argparse.Namespace, suffixes: set[str] | None, work: Work, t
     plain = argparse.Namespace(**({k: v for k, v in vars(args).items() if k != "func"} | {"jobs": 1}))
     context = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(jobs, context, _start_worker) as pool:
+        with ProcessPoolExecutor(jobs, context, _start_worker, (context.Lock(),)) as pool:
             return max(pool.map(_in_worker, [work] * len(names), [plain] * len(names), names))
     except BrokenProcessPool:
         raise CodecError("a process was killed, probably because memory ran out; use fewer jobs (-j)") from None
 
 
-def _start_worker() -> None:
+def _start_worker(turn: contextlib.AbstractContextManager) -> None:
     """Ctrl-C goes to all processes: those that wait for work shall stay silent."""
+    global _turn
+    _turn = turn
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _leave_on_sigterm()
     _hush()
@@ -343,7 +355,7 @@ def _guarded(work: Work, args: argparse.Namespace, name: str) -> int:
     except Exception as error:
         code = complain(error, name)
         if args.json:
-            print(json.dumps({"input": name, "error": type(error).__name__, "exit_code": code}), flush=True)
+            write_line(json.dumps({"input": name, "error": type(error).__name__, "exit_code": code}), sys.stdout)
         return code
     return 0
 

@@ -742,6 +742,22 @@ def test_workers(command, tmp_path, photo_bytes):
     assert len(run.stderr.splitlines()) == 1
 
 
+def test_a_line_is_one_write():
+    """Under PYTHONUNBUFFERED every write reaches the pipe by itself, and lines of several processes would mix."""
+    sent = []
+
+    class Pipe(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):
+            sent.append(bytes(data))
+            return len(data)
+
+    cli.write_line('{"input": "a.png"}', io.TextIOWrapper(Pipe(), "utf-8", write_through=True))
+    assert sent == [b'{"input": "a.png"}\n']
+
+
 SLOW_PUBLISH = """
 import sys, time
 from neuralcodec.media import files
