@@ -19,7 +19,8 @@ from .prior import PRIOR
 from .scales import LOG_STEEPEST, LogScale, PlainScale, RegionScale, Scale, bits_of, from_ordered, to_ordered
 
 LIMIT = 1 << 30  # values that one payload may hold unless the caller says otherwise
-VERSION = 1
+VERSION = 2
+LAZY = {1: 0, 2: 3}  # by version: see ``code_planes``. Since 2 a quarter of the calm cells teaches: a third less time, no worse
 DTYPES = tuple(np.dtype(d) for d in ("f4", "f8", "i1", "u1", "i2", "u2", "i4"))
 KINDS = ("lossless", "absolute", "relative", "range", "regions")
 STORED, LOSSLESS, BOUNDED = range(3)  # modes
@@ -132,10 +133,11 @@ class _Plan:
     scale: Scale = field(default_factory=PlainScale)
     limits: tuple[int, int] = (0, 0)
     rounding: float = 0.5  # of the encoder; the decoder need not know
+    version: int = VERSION
 
     def header(self) -> bytes:
         flags = self.periodic | self.narrow << 1 | self.nan_bits << 2 | self.based << 3
-        head = _HEAD.pack(VERSION, DTYPES.index(self.dtype), self.mode, self.kind, flags, self.pace << 4 | self.slope)
+        head = _HEAD.pack(self.version, DTYPES.index(self.dtype), self.mode, self.kind, flags, self.pace << 4 | self.slope)
         head += bytes([len(self.shape)]) + b"".join(map(_varint, self.shape)) + struct.pack("<d", self.bound)
         if self.mode == STORED:
             return head
@@ -146,7 +148,7 @@ class _Plan:
     @classmethod
     def read(cls, reader: _Reader) -> _Plan:
         version, dtype, mode, kind, flags, search = _HEAD.unpack(reader.take(_HEAD.size))
-        if version != VERSION:
+        if version not in LAZY:
             raise CorruptStream(f"field payload: version {version} is unknown here")
         if dtype >= len(DTYPES) or mode > BOUNDED or kind >= len(KINDS) or flags > 15:
             raise CorruptStream("field payload: its header makes no sense")
@@ -156,7 +158,8 @@ class _Plan:
         if not 1 <= len(shape) <= 4:
             raise CorruptStream("field payload: a field has 1 to 4 axes")
         (bound,) = struct.unpack("<d", reader.take(8))
-        plan = cls(DTYPES[dtype], shape, mode, kind, bound, *(bool(flags >> i & 1) for i in range(4)), search >> 4, search & 15)
+        plan = cls(DTYPES[dtype], shape, mode, kind, bound, *(bool(flags >> i & 1) for i in range(4)), search >> 4, search & 15,
+                   version=version)  # fmt: skip
         if mode == STORED:
             return plan
         plan.group, plan.bands, plan.step = reader.varint(), reader.take(1)[0], reader.varint()
@@ -241,7 +244,8 @@ def _run(plan: _Plan, planes: np.ndarray, based: bool, times: int, mask: np.ndar
     pace = np.array(PACES[plan.pace])
     fine = kernels.code_planes(
         target, offset, inverse, plan.rounding, mask, planes, len(planes) - count, np.zeros(planes.shape, np.uint8), refs,
-        plan.steps, np.array(plan.limits, np.int64), plan.periodic, pace, *_State().arrays(), coder, buf, decode,
+        plan.steps, np.array(plan.limits, np.int64), plan.periodic, pace, LAZY[plan.version], *_State().arrays(), coder, buf,
+        decode,
     )  # fmt: skip
     if not fine:
         return -1

@@ -197,6 +197,7 @@ CARRY = 0.5  # what a band takes over from the statistics of the one before
 QUIET = 1 << 13  # of 2**22: below this chance of a residual, no contexts are mixed
 QUIET_ROWS = 12 * 12 * 12 * STAGES
 APM_ROWS = DECISIONS * CLASSES
+APPRENTICE = 8192
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -265,15 +266,17 @@ def _code_residual(k, h, nonzero, slots, wset, arow, maps, weights, apm, x, code
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def code_planes(target, offset, inverse, rounding, mask, planes, start, sizes, refs, steps, limits, periodic, pace, maps,
-                weights, apm, quiet, cov, rhs, wts, prior, coder, buf, decode):
+def code_planes(target, offset, inverse, rounding, mask, planes, start, sizes, refs, steps, limits, periodic, pace, lazy,
+                maps, weights, apm, quiet, cov, rhs, wts, prior, coder, buf, decode):
     """Code the planes from ``start`` on of ``planes`` int32 (P, h, w), in order; the decoder fills them.
 
     target (1 or P - start, h, w): what the encoder wants, (target - offset) * inverse in lattice units, in steps rounded up
     from 1 - ``rounding`` on; not read by the decoder. mask (1 or P - start, h, w) uint8: not zero where nothing is coded. sizes
     (P, h, w) uint8: classes of residuals, zero at first. refs (P, 2): which planes are known already and alike, -1 for none.
     steps: of the stages, finest first. limits: smallest and largest value that a prediction may have. pace: forgetting factor,
-    samples between solutions, ridge. What follows is the state that adapts. Returns False when buf was too short.
+    samples between solutions, ridge. lazy: a predictor that has learnt from ``APPRENTICE`` cells learns from those without a
+    residual only where their column has no bit in common with it. What follows is the state that adapts. Returns False when buf
+    was too short.
     """
     count, height, width = planes.shape
     slots = np.zeros(INPUTS, np.int64)
@@ -285,6 +288,7 @@ def code_planes(target, offset, inverse, rounding, mask, planes, start, sizes, r
     work = np.zeros((FEATURES, FEATURES), np.float64)
     column = np.zeros(FEATURES, np.float64)
     forget, every, ridge = pace[0], int(pace[1]), pace[2]
+    taught = np.zeros(len(prior), np.int64)
     top = 0
     while (1 << top) < max(height, width):
         top += 1
@@ -470,8 +474,9 @@ def code_planes(target, offset, inverse, rounding, mask, planes, start, sizes, r
                         value = guess + k * step
                         own[here] = value
                         ks[here] = _mag8(abs(k))
-                        if first:
+                        if first or (k == 0 and (q >> (cs - 1)) & lazy and taught[kind] >= APPRENTICE):
                             continue
+                        taught[kind] += 1
                         # learn
                         wanted = (value - base) * scale
                         for i in range(features):
