@@ -85,6 +85,10 @@ def _peer(name: str, values: np.ndarray, bound: float) -> dict[str, Any]:
 
 def main(args: argparse.Namespace) -> int:
     """``codec bench grid``."""
+    if args.cra5 and args.files:
+        from .bench_cra5 import main as beside_cra5
+
+        return beside_cra5(args)
     if not args.files or not args.max_error:
         raise UsageError("codec bench grid FILE... --max-error VAR=TOL,...: names files of fields and the bounds")
     rows = []

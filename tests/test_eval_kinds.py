@@ -293,3 +293,39 @@ def test_raw_video_needs_its_size(tmp_path):
     (tmp_path / "b.yuv").write_bytes(luma.tobytes())
     with pytest.raises(UnsupportedInput, match="size of the frames"):
         KINDS["video"].read(Item(tmp_path / "b.yuv"))
+
+
+def test_beside_cra5(tmp_path, capsys):
+    """Fields are taken as CRA5 takes them: by variable and level, those that it has."""
+    netCDF4 = pytest.importorskip("netCDF4")
+    made("jpeg2000", "grid")
+    path = tmp_path / "x.nc"
+    with netCDF4.Dataset(path, "w") as f:
+        for name, values, attrs in (
+            ("level", np.array([850, 500, 175]), {"units": "hPa"}), ("latitude", LATITUDE, {"units": "degrees_north"}),
+            ("longitude", np.arange(72) * 5.0, {"units": "degrees_east"}),
+        ):  # fmt: skip
+            f.createDimension(name, len(values))
+            f.createVariable(name, "f8", (name,))[:] = values
+            f[name].setncatts(attrs)
+        f.createVariable("t", "f4", ("level", "latitude", "longitude"))[:] = field(3)
+        f.createVariable("vo", "f4", ("latitude", "longitude"))[:] = field(1)[0]
+    chart = tmp_path / "chart.png"
+    assert main(["bench", "grid", str(path), "--cra5", "--json", "--plot", str(chart)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert chart.stat().st_size > 5000
+    assert {r["variable"] for r in result["at_mse"]} == {"t"} and {r["planes"] for r in result["at_mse"]} == {3}
+    bits = [r["bits_per_value"]["ours"] for r in result["at_mse"]]
+    assert bits == sorted(bits) and bits[0] < bits[-1]
+    (row,) = result["at_cra5"]
+    assert row["planes"] == 2  # of 175 hPa no error is published
+    assert result["published"]["VAEformer"][0] == [0.062, 0.0164]
+    assert main(["bench", "grid", str(path), "--cra5"]) == 0
+    assert "VAEformer" in capsys.readouterr().out
+    bare = tmp_path / "bare.nc"
+    with netCDF4.Dataset(path) as a, netCDF4.Dataset(bare, "w") as b:
+        for name in ("latitude", "longitude"):
+            b.createDimension(name, len(a[name]))
+            b.createVariable(name, "f8", (name,))[:] = a[name][:]
+        b.createVariable("vo", "f4", ("latitude", "longitude"))[:] = a["vo"][:]
+    assert main(["bench", "grid", str(bare), "--cra5"]) == 2
