@@ -533,17 +533,19 @@ def _bounded(plan: _Plan, x: np.ndarray, bound: Bound, base: np.ndarray | None, 
     target = target if classes is None else np.where(np.isin(classes, CODED), target, scale.offset)
     target = target.astype(np.float64, copy=False)
     known = None if base is None else _on_lattice(plan, base)
-    _search(plan, target, classes, known)
+    _search(plan, target, classes, known, threads)
     streams = _encode_parts(plan, target, classes, known, threads)
     blocks = _class_blocks(plan, values, classes, nan_payloads) + b"".join(map(_block, streams)) + _block(b"")
     wild = np.zeros(0, np.int64) if classes is None else np.flatnonzero(classes == WILD)
     payload = _finish(plan, blocks + _outliers(x, wild))
     y = decode_field(payload, base=base, threads=threads).reshape(values.shape)
-    bad = np.flatnonzero(~_error_ok(values, y, limit))
-    if len(bad):
+    fine = _error_ok(values, y, limit)
+    if not fine.all():
+        bad = np.flatnonzero(~fine)
         payload = _finish(plan, blocks + _outliers(x, np.union1d(wild, bad)))
         y = decode_field(payload, base=base, threads=threads).reshape(values.shape)
-    if not _error_ok(values, y, limit).all() or not _same(np.where(np.isfinite(x), x, y.reshape(x.shape)), x, nan_payloads):
+        fine = _error_ok(values, y, limit)
+    if not fine.all() or classes is not None and not _same(np.where(np.isfinite(x), x, y.reshape(x.shape)), x, nan_payloads):
         raise AssertionError("a payload did not decode within its bound")
     return payload
 
@@ -556,7 +558,7 @@ def _on_lattice(plan: _Plan, base: np.ndarray) -> np.ndarray:
     return np.clip(np.nan_to_num(y), *plan.limits).astype(np.int32)
 
 
-def _search(plan: _Plan, target: np.ndarray, classes: np.ndarray | None, base: np.ndarray | None) -> None:
+def _search(plan: _Plan, target: np.ndarray, classes: np.ndarray | None, base: np.ndarray | None, threads: int) -> None:
     """Choose how fast statistics move, and how much finer coarse stages are quantised, on a sample."""
     times, levels, height, width = target.shape
     rows = slice(0, height)
@@ -572,16 +574,15 @@ def _search(plan: _Plan, target: np.ndarray, classes: np.ndarray | None, base: n
     others = [None if array is None else array[pick] for array in (classes, base)]
 
     def size(pace: int, slope: int) -> int:
-        trial.pace, trial.slope = pace, slope
-        return len(_encode_parts(trial, sample, *others, 1)[0])
+        return len(_encode_parts(replace(trial, pace=pace, slope=slope), sample, *others, 1)[0])
 
-    sizes = [size(pace, 0) for pace in range(len(PACES))]
+    sizes = list(_each(lambda pace: size(pace, 0), len(PACES), threads))
     plan.pace = int(np.argmin(sizes))
     if plan.rounding != 0.5:
         trial.pace = plan.pace
         plan.slope = _slope_for_rmse(trial, sample, *others)
     elif plan.step == STEP and min(sizes) * 8 < sample.size:
-        sizes = [sizes[plan.pace], *(size(plan.pace, slope) for slope in range(1, GENTLE))]
+        sizes = [sizes[plan.pace], *_each(lambda slope: size(plan.pace, slope + 1), GENTLE - 1, threads)]
         plan.slope = int(np.argmin(sizes))
 
 
