@@ -28,7 +28,7 @@ class Config:
 
 _LIGHT = Config((64, 96), (2, 1, 0), (2, 2, 0),
                 LatentConfig((32, 48, 80, 128), hyper=32, width=56, features=56, context=56, trunk=72, squeeze=40,
-                             residual=40))  # fmt: skip
+                             residual=40, lambda_low=0.0003, lambda_high=0.3))  # fmt: skip
 
 
 class Hyperprior(LatentCodec):
