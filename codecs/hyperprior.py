@@ -9,7 +9,7 @@ Sources: mean-scale hyperprior, Minnen et al. 2018; two-pass checkerboard, He et
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..entropy.hyperprior import ContextHyperprior, LatentConfig
 from ..nn.transforms import PatchAnalysis, PatchSynthesis, patch_margins
@@ -38,7 +38,8 @@ class Hyperprior(LatentCodec):
                        LatentConfig((8, 24), hyper=8, width=16, features=16, context=16, trunk=16, squeeze=16,
                                     residual=16)),
         "light": _LIGHT,
-        "light-ms-ssim": _LIGHT,  # the same, trained for MS-SSIM
+        # the same, trained for MS-SSIM
+        "light-ms-ssim": replace(_LIGHT, latent=replace(_LIGHT.latent, lambda_low=0.0008, lambda_high=0.5)),
         "base": Config((96, 192), (3, 3, 0), (3, 3, 0),
                        LatentConfig((16, 32, 64, 208), hyper=96, width=128, features=192, context=160, trunk=224,
                                     squeeze=128, residual=128)),
