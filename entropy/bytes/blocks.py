@@ -92,7 +92,7 @@ def _unmixed(code: bytes, length: int) -> bytes:
         raise CorruptStream("block: unknown kind of data; a newer version may read this file")
     if kind == binary.MACHINE:
         which, at = code[1] if len(code) > 1 else 255, 2
-        if which > filters.ARM64:
+        if which > filters.X86_ANY:
             raise CorruptStream("block: unknown filter; a newer version may read this file")
     if kind != binary.GENERAL:
         stride, at = read_varint(code, at, "block")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-NONE, X86, SPARC, ARM64 = range(4)
-NAMES = {"x86": X86, "sparc": SPARC, "arm64": ARM64}
+NONE, X86, SPARC, ARM64, X86_ANY = range(5)
+NAMES = {"x86": X86_ANY, "sparc": SPARC, "arm64": ARM64}
+"""What new files use. ``X86`` is that of older ones: it cannot be undone where a byte E8 precedes a call by less than 5."""
 
 
 @njit(cache=True, nogil=True)
@@ -26,6 +27,26 @@ def _x86(data, sign):
             n += 5
         else:
             n += 1
+
+
+@njit(cache=True, nogil=True)
+def _x86_any(data, sign):
+    """The same for every such place, calls within calls as well: done from the end, undone from the beginning.
+
+    A change keeps what made it: E8 or E9 before, 00 or FF at the end. So at every place both ways see the same bytes.
+    """
+    last = len(data) - 5
+    for step in range(last + 1):
+        n = last - step if sign > 0 else step
+        high = data[n + 4]
+        if data[n] & 0xFE == 0xE8 and (high == 0 or high == 255):
+            value = np.int64(data[n + 1]) | np.int64(data[n + 2]) << 8 | np.int64(data[n + 3]) << 16
+            value |= (np.int64(high) & 1) << 24
+            value = (value + sign * (n + 5)) & 0x1FFFFFF
+            data[n + 1] = value & 255
+            data[n + 2] = value >> 8 & 255
+            data[n + 3] = value >> 16 & 255
+            data[n + 4] = 255 if value >> 24 else 0
 
 
 @njit(cache=True, nogil=True)
@@ -57,7 +78,7 @@ def _arm64(data, sign):
             data[n + 3] = 0x94 | value >> 24
 
 
-_RUN = {X86: _x86, SPARC: _sparc, ARM64: _arm64}
+_RUN = {X86: _x86, SPARC: _sparc, ARM64: _arm64, X86_ANY: _x86_any}
 
 
 def forward(data: np.ndarray, which: int) -> np.ndarray:
