@@ -624,7 +624,7 @@ def info_file(args: argparse.Namespace, name: str) -> None:
     if "width" in row:
         row["bpp"] = size * 8 / (row["width"] * row["height"])
     if args.json:
-        print(json.dumps(row), flush=True)
+        write_line(json.dumps(row), sys.stdout)
     else:
         show_info(row, args.verify)
     if size != head.file_size:
@@ -669,7 +669,7 @@ def show_info(row: dict[str, Any], verified: bool) -> None:
     if verified and not row["warnings"]:
         lines.append("  all checksums are right")
     for line in lines:
-        print(line[: len(line) - len(line.lstrip())] + clean(line), flush=True)
+        write_line(line[: len(line) - len(line.lstrip())] + clean(line), sys.stdout)
 
 
 def models(args: argparse.Namespace) -> int:

@@ -398,7 +398,7 @@ def show(row: dict[str, Any]) -> list[str]:
 
 def info_archive(args: argparse.Namespace, name: str) -> None:
     """``codec info`` of a Zarr store."""
-    from ..cli import clean
+    from ..cli import clean, write_line
     from .grid_archive import Archive, chunk_path
 
     with Archive(name.rstrip("/")) as archive:
@@ -410,9 +410,9 @@ def info_archive(args: argparse.Namespace, name: str) -> None:
         row = {"input": name, "codec": "archive", "complete": archive.complete, "sources": len(archive.members),
                "dims": archive.layout.dims, "variables": rows}  # fmt: skip
     if args.json:
-        print(json.dumps(row), flush=True)
+        write_line(json.dumps(row), sys.stdout)
         return
     state = "complete" if archive.complete else "not complete: run `codec encode` again"
     lines = [f"{name}: archive of {len(archive.members)} files, {state}", *show(row)]
     for line in lines:
-        print(line[: len(line) - len(line.lstrip())] + clean(line), flush=True)
+        write_line(line[: len(line) - len(line.lstrip())] + clean(line), sys.stdout)

@@ -353,11 +353,17 @@ def statistics() -> dict[str, Any]:
     return json.loads((Path(__file__).parent / "era5_statistics.json").read_text())
 
 
+def of_plane(table: dict[str, Any], plane: Plane) -> Any:
+    """What a table by variable, or by variable and level, says of a field; None where it says nothing."""
+    known = table.get(plane.name)
+    if isinstance(known, dict) and "mean" not in known:
+        known = known.get(str(plane.pressure)) or known.get("all")
+    return known
+
+
 def normalisation(plane: Plane, x: np.ndarray) -> tuple[float, float]:
     """(mean, standard deviation) for a field: ERA5's where known, else of the data; float32 values, the second above 0."""
-    known = statistics().get(plane.name, {})
-    if known and "mean" not in known:
-        known = known.get(str(plane.pressure)) or known.get("all") or {}
+    known = of_plane(statistics(), plane) or {}
     finite = x[np.isfinite(x)].astype(np.float64)
     mean = known.get("mean", float(finite.mean()) if finite.size else 0.0)
     std = known.get("std", float(finite.std()) if finite.size else 1.0)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..codecs.vaeformer import statistics
+from ..codecs.vaeformer import Plane, of_plane, statistics
 from ..container.errors import UsageError
 from .bench_grid import PEERS
 from .kinds import KINDS, Field, Item, fields_of
@@ -37,13 +37,8 @@ def published() -> dict[str, Any]:
 
 def _of_levels(table: dict[str, Any], field: Field, key: str | None) -> np.ndarray:
     """A figure of each plane of a field, (N,); NaN where it is not known."""
-    known = table.get(field.name, {})
-    found = []
-    for pressure in field.pressures or (0,) * len(field.values):
-        here = known.get(str(pressure)) if isinstance(known, dict) and "mean" not in known else known
-        here = here.get(key) if key and here is not None else here
-        found.append(float(here or "nan"))
-    return np.array(found)
+    found = [of_plane(table, Plane(field.name, p)) for p in field.pressures or (0,) * len(field.values)]
+    return np.array([float((here[key] if here and key else here) or "nan") for here in found])
 
 
 def _curve(planes: np.ndarray, name: str) -> list[tuple[float, float]]:

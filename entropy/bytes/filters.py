@@ -11,42 +11,38 @@ NAMES = {"x86": X86_ANY, "sparc": SPARC, "arm64": ARM64}
 
 
 @njit(cache=True, nogil=True)
+def _x86_call(data, n, sign):
+    """E8/E9 rel32 at ``n`` whose target is within +-16 MiB: moves its operand of 25 bits with a sign. Whether it is one."""
+    high = data[n + 4]
+    if data[n] & 0xFE != 0xE8 or (high != 0 and high != 255):
+        return False
+    value = np.int64(data[n + 1]) | np.int64(data[n + 2]) << 8 | np.int64(data[n + 3]) << 16
+    value |= (np.int64(high) & 1) << 24
+    value = (value + sign * (n + 5)) & 0x1FFFFFF
+    data[n + 1] = value & 255
+    data[n + 2] = value >> 8 & 255
+    data[n + 3] = value >> 16 & 255
+    data[n + 4] = 255 if value >> 24 else 0
+    return True
+
+
+@njit(cache=True, nogil=True)
 def _x86(data, sign):
-    """E8/E9 rel32 whose target is within +-16 MiB; the operand is seen as 25 bits with a sign."""
+    """Calls one behind the other."""
     n = 0
     while n + 5 <= len(data):
-        high = data[n + 4]
-        if data[n] & 0xFE == 0xE8 and (high == 0 or high == 255):
-            value = np.int64(data[n + 1]) | np.int64(data[n + 2]) << 8 | np.int64(data[n + 3]) << 16
-            value |= (np.int64(high) & 1) << 24
-            value = (value + sign * (n + 5)) & 0x1FFFFFF
-            data[n + 1] = value & 255
-            data[n + 2] = value >> 8 & 255
-            data[n + 3] = value >> 16 & 255
-            data[n + 4] = 255 if value >> 24 else 0
-            n += 5
-        else:
-            n += 1
+        n += 5 if _x86_call(data, n, sign) else 1
 
 
 @njit(cache=True, nogil=True)
 def _x86_any(data, sign):
-    """The same for every such place, calls within calls as well: done from the end, undone from the beginning.
+    """Calls at every place, within others as well: moved from the end, moved back from the beginning.
 
-    A change keeps what made it: E8 or E9 before, 00 or FF at the end. So at every place both ways see the same bytes.
+    A move keeps what made it: E8 or E9 before, 00 or FF at the end. So at every place both ways see the same bytes.
     """
     last = len(data) - 5
     for step in range(last + 1):
-        n = last - step if sign > 0 else step
-        high = data[n + 4]
-        if data[n] & 0xFE == 0xE8 and (high == 0 or high == 255):
-            value = np.int64(data[n + 1]) | np.int64(data[n + 2]) << 8 | np.int64(data[n + 3]) << 16
-            value |= (np.int64(high) & 1) << 24
-            value = (value + sign * (n + 5)) & 0x1FFFFFF
-            data[n + 1] = value & 255
-            data[n + 2] = value >> 8 & 255
-            data[n + 3] = value >> 16 & 255
-            data[n + 4] = 255 if value >> 24 else 0
+        _x86_call(data, last - step if sign > 0 else step, sign)
 
 
 @njit(cache=True, nogil=True)
