@@ -31,7 +31,7 @@ CODED = (FINITE, NEGATIVE)
 BAND_VALUES = 1 << 19  # a part of more values is cut into bands of rows, which threads can share
 BAND_ROWS = 256  # and each has at least so many: predictors learn anew in every part
 BANDS_MAX = 8
-TRIAL_VALUES = 1 << 16
+TRIAL_VALUES = 1 << 15
 # forgetting, samples between solutions, ridge; fields of many rows want the first, stacks of small ones the second
 PACES = ((0.97, 64, 10.0), (0.95, 32, 10.0))
 # how much finer each coarser stage is quantised, and at most; the last two are for small mean squared errors
