@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -50,6 +51,15 @@ class Codec(nn.Module):
     def set_tables(self, tables: dict[str, Tables]) -> None:
         """Take the tables of a weights file. KeyError or ValueError when they do not fit."""
         raise NotImplementedError
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Other integer arrays of a weights file, by name; none for most codecs."""
+        return {}
+
+    def set_arrays(self, arrays: dict[str, np.ndarray]) -> None:
+        """Take those of a weights file. KeyError or ValueError when they do not fit."""
+        if arrays:
+            raise ValueError("arrays that this codec does not have")
 
     @classmethod
     def from_preset(cls, preset: str) -> Codec:
@@ -156,6 +166,19 @@ class LatentCodec(ImageCodec):
 
     def set_tables(self, tables: dict[str, Tables]) -> None:
         self.latent.set_tables(tables["z"], tables["y"])
+
+    def arrays(self):
+        mixing = self.latent.mixing
+        return {f"mixing.{name}": array for name, array in mixing.to_arrays().items()} if mixing else {}
+
+    def set_arrays(self, arrays):
+        from ..entropy.latent_mixing import Start  # brings a compiler
+
+        parts = {name.removeprefix("mixing."): array for name, array in arrays.items()}
+        start = Start.from_arrays(parts) if parts else None
+        if start and len(start.taps) != self.config.latent.channels:
+            raise ValueError("mixing: made for another number of channels")
+        self.latent.mixing = start
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -10,8 +10,10 @@ Sources: mean-scale hyperprior, Minnen et al. 2018; two-pass checkerboard, He et
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ..entropy.hyperprior import ContextHyperprior, LatentConfig
+from ..nn.blocks import ResidualBlock
 from ..nn.transforms import PatchAnalysis, PatchSynthesis, patch_margins
 from .base import LatentCodec
 
@@ -26,6 +28,15 @@ class Config:
     latent: LatentConfig
 
 
+@dataclass(frozen=True)
+class NarrowConfig(Config):
+    """``narrow``: hidden width of the blocks at H/16, which have as many channels as y otherwise."""
+
+    narrow: int
+
+
+_TEST = Config((16, 16), (1, 1, 0), (1, 1, 0),
+               LatentConfig((8, 24), hyper=8, width=16, features=16, context=16, trunk=16, squeeze=16, residual=16))
 _LIGHT = Config((64, 96), (2, 1, 0), (2, 2, 0),
                 LatentConfig((32, 48, 80, 128), hyper=32, width=56, features=56, context=56, trunk=72, squeeze=40,
                              residual=40, lambda_low=0.0003, lambda_high=0.3))  # fmt: skip
@@ -34,11 +45,10 @@ _LIGHT = Config((64, 96), (2, 1, 0), (2, 2, 0),
 class Hyperprior(LatentCodec):
     name = "hyperprior"
     presets = {
-        "test": Config((16, 16), (1, 1, 0), (1, 1, 0),
-                       LatentConfig((8, 24), hyper=8, width=16, features=16, context=16, trunk=16, squeeze=16,
-                                    residual=16)),
+        "test": _TEST,
+        "test-mixed": _TEST,  # with context mixing of the latent
         "light": _LIGHT,
-        # the same, trained for MS-SSIM
+        # without the blocks at H/16, trained for MS-SSIM
         "light-ms-ssim": replace(_LIGHT, latent=replace(_LIGHT.latent, lambda_low=0.0008, lambda_high=0.5)),
         "base": Config((96, 192), (3, 3, 0), (3, 3, 0),
                        LatentConfig((16, 32, 64, 208), hyper=96, width=128, features=192, context=160, trunk=224,
@@ -52,6 +62,7 @@ class Hyperprior(LatentCodec):
         super().__init__(config, preset)
         reach, self.synthesis_margin = patch_margins(config.encoder_blocks, config.decoder_blocks)
         self.analysis_margin = -(-reach // self.tile_multiple) * self.tile_multiple
-        self.g_a = PatchAnalysis(config.widths, config.encoder_blocks, config.latent)
-        self.g_s = PatchSynthesis(config.widths, config.decoder_blocks, config.latent)
+        blocks = ResidualBlock, ResidualBlock, partial(ResidualBlock, hidden=getattr(config, "narrow", None))
+        self.g_a = PatchAnalysis(config.widths, config.encoder_blocks, config.latent, blocks)
+        self.g_s = PatchSynthesis(config.widths, config.decoder_blocks, config.latent, blocks)
         self.latent = ContextHyperprior(config.latent)

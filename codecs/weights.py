@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..container.errors import ModelMismatch, ModelMissing
-from ..entropy.exact import freeze, frozen_tensors, load_frozen
+from ..entropy.exact import freeze, frozen, frozen_tensors, load_frozen
 from ..entropy.tables import Tables
 from .base import Codec
 
@@ -35,7 +35,8 @@ def tensors_of(codec: Codec) -> dict[str, Tensor]:
         for which, table in codec.tables().items()
         for k, v in table.to_arrays().items()
     }
-    return floats | exact | tables
+    arrays = {f"arrays.{name}": torch.from_numpy(np.ascontiguousarray(v)) for name, v in codec.arrays().items()}
+    return floats | exact | tables | arrays
 
 
 def digest(codec: Codec, tensors: dict[str, Tensor]) -> bytes:
@@ -50,8 +51,9 @@ def digest(codec: Codec, tensors: dict[str, Tensor]) -> bytes:
 
 
 def save_weights(codec: Codec, path: Path) -> bytes:
-    """Freeze ``codec`` and write it to ``path``; the model id. ValueError where a layer cannot be exact."""
-    freeze(codec)
+    """Freeze ``codec``, unless it is, and write it to ``path``; the model id. ValueError where a layer cannot be exact."""
+    if not frozen(codec):
+        freeze(codec)
     tensors = tensors_of(codec)
     codec.model_id = digest(codec, tensors)[:ID_BYTES]
     metadata = {"codec": codec.name, "preset": codec.preset, "model_id": codec.model_id.hex()}
@@ -76,6 +78,7 @@ def load_weights(codec: Codec, path: Path) -> None:
                 _, which, part = key.split(".")
                 arrays.setdefault(which, {})[part] = value.numpy()
         codec.set_tables({which: Tables.from_arrays(parts) for which, parts in arrays.items()})
+        codec.set_arrays({k.removeprefix("arrays."): v.numpy() for k, v in tensors.items() if k.startswith("arrays.")})
         floats = {k.removeprefix("float."): v.float() for k, v in tensors.items() if k.startswith("float.")}
         codec.load_state_dict(floats)
     except (SafetensorError, KeyError, RuntimeError, ValueError) as error:

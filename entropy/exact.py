@@ -208,6 +208,11 @@ def freeze(module: nn.Module) -> None:
             raise ValueError(f"{name}: {error}") from error
 
 
+def frozen(module: nn.Module) -> bool:
+    """Whether all exact layers below ``module`` hold integers."""
+    return all(child.frozen for _, child in _freezables(module))
+
+
 @torch.no_grad()
 def thaw(module: nn.Module) -> nn.Module:
     """Give every frozen layer below ``module`` float weights again, those that its integers stand for; ``module``.

@@ -16,6 +16,7 @@ hyperprior and latent residual prediction, Minnen et al. 2018 and 2020; checkerb
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +34,10 @@ from .gaussian import SCALE_CLASSES, SCALE_MIN, SCALE_STEP, gaussian_likelihood,
 from .levels import LevelBias, interpolate
 from .tables import Tables
 
-if TYPE_CHECKING:
-    from .coder import Encoder  # its library is for coding: training does without
+if TYPE_CHECKING:  # its library is for coding: training does without
+    from .latent_mixing import Start
+
+    Put = Callable[[slice, Tensor, Tensor, Tensor, Tensor | None], None]
 
 GAIN_KNOTS = 33  # knots of the frozen gain tables, linear in the step size between them
 STEP_FRAC = 20  # grid of the frozen step sizes 1/gain
@@ -94,6 +97,7 @@ class ContextHyperprior(Freezable):
         self._build_hyper(cfg)
         self.prior = FactorizedPrior(cfg.hyper)
         self.rounding = round_ste  # of v = (y - mu) * gain to symbols; an encoder that searches puts its own here
+        self.mixing: Start | None = None  # codes y by context mixing; without it, by the tables alone
         self.rounded_rate = False  # training only: take rates at rounded symbols instead of noisy ones
         self.models = nn.ModuleList()
         known = 0
@@ -267,30 +271,55 @@ class ContextHyperprior(Freezable):
         """
         from .coder import Encoder
 
-        return self._encode(y, z, level, Encoder())
+        encoder = Encoder()
+        encoder.put(*_flat(z), self.z_tables)
+        if self.mixing is None:
+            y_hat = self._encode(y, z, level, self._plainly(encoder))
+            return encoder.finish(), y_hat
+        from .latent_mixing import MixedEncoder, joined
+
+        mixed = MixedEncoder(self.mixing, self.y_tables, *y.shape[2:])
+
+        def put(mine: slice, where: Tensor, q: Tensor, index: Tensor, coded: Tensor | None) -> None:
+            which = None if coded is None else coded[0].cpu().numpy()
+            mixed.put(mine, *(t.cpu().numpy() for t in (where, q[0], index[0])), which)
+
+        y_hat = self._encode(y, z, level, put)
+        return joined(encoder.finish(), mixed.finish()), y_hat
 
     def ideal_bits(self, y: Tensor, z: Tensor, level: int) -> float:
-        """What the integer tables charge for the symbols of ``compress``: the estimate beside the real bytes."""
+        """What the integer tables charge for the symbols of ``compress``: the estimate beside the real bytes.
+
+        Context mixing stays below it.
+        """
         counter = _Counter()
-        self._encode(y, z, level, counter)
+        counter.put(*_flat(z), self.z_tables)
+        self._encode(y, z, level, self._plainly(counter))
         return counter.bits
 
+    def _plainly(self, encoder: Any) -> Put:
+        """Coding of y by its tables, with whatever has the ``put`` of an Encoder."""
+
+        def put(mine: slice, where: Tensor, q: Tensor, index: Tensor, coded: Tensor | None) -> None:
+            if coded is not None:
+                q, index = q[coded], index[coded]
+            encoder.put(_host(q), _host(index).astype(np.uint8), self.y_tables)
+
+        return put
+
     @torch.no_grad()
-    def _encode(self, y: Tensor, z: Tensor, level: int, encoder: Encoder | _Counter) -> tuple[bytes, Tensor]:
-        encoder.put(*_flat(z), self.z_tables)
+    def _encode(self, y: Tensor, z: Tensor, level: int, put: Put) -> Tensor:
+        """y^ (1, M, h, w) float32; every pass goes through ``put(channels, positions, q, rows, coded)``."""
         latent = y.double().reshape(1, y.shape[1], -1)
 
         def make(mine: slice, where: Tensor, mu: Grid, step: Tensor, index: Tensor, coded: Tensor | None) -> Tensor:
             v = (latent[:, mine, where] - mu.value()) / (step * 2.0**-STEP_FRAC)
             q = torch.round(v).nan_to_num(0).clamp(-SYMBOL_MAX, SYMBOL_MAX)
-            if coded is not None:
-                encoder.put(_host(q[coded]), _host(index[coded]).astype(np.uint8), self.y_tables)
-                return q * coded
-            encoder.put(_host(q), _host(index).astype(np.uint8), self.y_tables)
+            q = q if coded is None else q * coded
+            put(mine, where, q, index, coded)
             return q
 
-        y_hat = self._code(z, level, make)
-        return encoder.finish(), (y_hat * 2.0**-ACT_FRAC).float()
+        return (self._code(z, level, make) * 2.0**-ACT_FRAC).float()
 
     @torch.no_grad()
     def decompress(self, payload: bytes, h: int, w: int, level: int) -> Tensor:
@@ -299,6 +328,12 @@ class ContextHyperprior(Freezable):
 
         device = self.step_q.device
         shape = (1, self.cfg.hyper, h // 4, w // 4)
+        mixed = None
+        if self.mixing is not None:
+            from .latent_mixing import MixedDecoder, parted
+
+            payload, rest = parted(payload)
+            mixed = MixedDecoder(rest, self.mixing, self.y_tables, h, w)
         decoder = Decoder(payload)
         z = decoder.get(np.repeat(np.arange(shape[1]), shape[2] * shape[3]), self.z_tables)
         if np.abs(z).max() > HYPER_MAX:
@@ -306,16 +341,24 @@ class ContextHyperprior(Freezable):
         z = torch.from_numpy(z).reshape(shape).to(device)
 
         def read(mine: slice, where: Tensor, mu: Grid, step: Tensor, index: Tensor, coded: Tensor | None) -> Tensor:
-            q = decoder.get(_host(index if coded is None else index[coded]).astype(np.uint8), self.y_tables)
+            rows = index if mixed is not None or coded is None else index[coded]
+            rows = _host(rows).astype(np.uint8)
+            if mixed is not None:
+                at, which = where.cpu().numpy(), None if coded is None else coded[0].cpu().numpy()
+                q = mixed.get(mine, at, rows.reshape(mu.shape[1:]), which)
+            else:
+                q = decoder.get(rows, self.y_tables)
             if np.abs(q).max(initial=0) > SYMBOL_MAX:
                 raise CorruptStream("entropy payload: a symbol is out of range")
             read = torch.from_numpy(q).to(device, torch.float64)
-            if coded is None:
+            if coded is None or mixed is not None:
                 return read.reshape(mu.shape)
             return torch.zeros_like(mu.q).masked_scatter_(coded, read)
 
         y_hat = self._code(z, level, read)
         decoder.finish()
+        if mixed is not None:
+            mixed.finish()
         return (y_hat * 2.0**-ACT_FRAC).float()
 
 

@@ -266,7 +266,10 @@ class ImageCodecContract:
         y = codec.analyse(as_tensor(photo()), 500)
         payload, _ = codec.encode_latent(y, 500)
         ideal = codec.latent.ideal_bits(y, codec.latent.analyse_hyper(y, 500), 500)
-        assert ideal / 8 <= len(payload) <= ideal / 8 * 1.001 + 8
+        if codec.latent.mixing is None:
+            assert ideal / 8 <= len(payload) <= ideal / 8 * 1.001 + 8
+        else:  # context mixing knows more than the tables
+            assert ideal / 16 < len(payload) < ideal / 8
 
     def test_card_tells_the_truth(self, codec):
         card = next(c for c in registry.describe() if f"{c['codec']}:{c['preset']}" == self.model)

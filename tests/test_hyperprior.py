@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 from contract import GOLDEN, ImageCodecContract
 from neuralcodec.codecs import registry
 from neuralcodec.codecs.image import encode_picture, picture_info
@@ -15,14 +16,22 @@ class TestHyperprior(ImageCodecContract):
     model = "hyperprior:test"
 
 
+class TestMixed(ImageCodecContract):
+    """The same network; its latent is coded by context mixing."""
+
+    model = "hyperprior:test-mixed"
+
+
 def reference(codec) -> ReferenceLatent:
     return ReferenceLatent(registry.weights_path(codec.name, codec.preset), codec.config.latent.slices)
 
 
-def test_a_decoder_made_from_the_spec_finds_the_golden_symbols():
-    codec = registry.load("hyperprior", "test")
+@pytest.mark.parametrize("preset", ["test", "test-mixed"])
+def test_a_decoder_made_from_the_spec_finds_the_golden_symbols(preset):
+    codec = registry.load("hyperprior", preset)
     index = json.loads((GOLDEN / "index.json").read_text())
-    for name in ("hyperprior-test-photo.nlc", "hyperprior-test-pixel.nlc", "hyperprior-test-grey-alpha.nlc"):
+    for picture in ("photo", "pixel", "grey-alpha"):
+        name = f"hyperprior-{preset}-{picture}.nlc"
         stream = loads((GOLDEN / name).read_bytes())
         info = picture_info(stream.header)
         h, w = (-(-side // 64) * 4 for side in (info.height, info.width))
@@ -30,9 +39,10 @@ def test_a_decoder_made_from_the_spec_finds_the_golden_symbols():
         assert symbols_hash(y_hat) == index[name]["symbols"]["0,0"]
 
 
-def test_a_decoder_made_from_the_spec_agrees_on_noise():
+@pytest.mark.parametrize("preset", ["test", "test-mixed"])
+def test_a_decoder_made_from_the_spec_agrees_on_noise(preset):
     """Large symbols, escapes and clamps at the highest quality."""
-    codec = registry.load("hyperprior", "test")
+    codec = registry.load("hyperprior", preset)
     rng = np.random.default_rng(3)
     trace: dict = {}
     stream = encode_picture(codec, Picture(rng.integers(0, 256, (64, 64, 3), np.uint8)), 1000, trace=trace)

@@ -35,8 +35,6 @@ def write_card(path: Path, card: dict[str, Any]) -> None:
 
 def freeze_codec(codec: Codec, folder: Path, training: dict[str, Any]) -> dict[str, Any]:
     """Write ``codec``, trained, as a weights file and card into ``folder``; the card."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{codec.name}-{codec.preset}.safetensors"
     card: dict[str, Any] = {
         "codec": codec.name,
         "preset": codec.preset,
@@ -44,11 +42,19 @@ def freeze_codec(codec: Codec, folder: Path, training: dict[str, Any]) -> dict[s
         "parameters": count_parameters(codec),
         "kmac_per_pixel": codec.kmac_per_pixel(),
     }
+    return write_weights(codec, folder, card | {"training": training})
+
+
+def write_weights(codec: Codec, folder: Path, card: dict[str, Any]) -> dict[str, Any]:
+    """Write the weights file of ``codec``, and this card with its id and size and without measurements; the card."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{codec.name}-{codec.preset}.safetensors"
     partial = path.with_suffix(".partial")
-    card["model_id"] = save_weights(codec.cpu().eval(), partial).hex()
+    model_id = save_weights(codec.cpu().eval(), partial).hex()
     os.chmod(partial, 0o644)  # safetensors writes private files
     os.replace(partial, path)
-    card |= {"bytes": path.stat().st_size, "training": training, "measured": {}}
+    training = card.pop("training")
+    card |= {"model_id": model_id, "bytes": path.stat().st_size, "training": training, "measured": {}}
     write_card(path.with_suffix(".json"), card)
     return card
 
@@ -85,8 +91,12 @@ def _pictures(folder: Path) -> list[Tensor]:
     return [p[None, :, : p.shape[1] // 64 * 64, : p.shape[2] // 64 * 64] for p in x]
 
 
-def freeze_checkpoint(checkpoint: Path, model: str, folder: Path, note: str = "", check: Path | None = None) -> dict[str, Any]:
-    """Freeze the averaged weights of ``checkpoint`` (``last.pt`` of a run). ``check``: pictures to measure its cost on."""
+def freeze_checkpoint(checkpoint: Path, model: str, folder: Path, note: str = "", check: Path | None = None,
+                      mixing: list[Tensor] | None = None) -> dict[str, Any]:  # fmt: skip
+    """Freeze the averaged weights of ``checkpoint`` (``last.pt`` of a run). ``check``: pictures to measure its cost on.
+
+    ``mixing``: training pictures (3, h, w) uint8 from which the context mixing starts; without them there is none.
+    """
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     name, preset = registry.split(model)
     codec = registry.codec_class(name).from_preset(preset)
@@ -96,6 +106,11 @@ def freeze_checkpoint(checkpoint: Path, model: str, folder: Path, note: str = ""
         training["note"] = note
     cost = freezing_cost(codec, _pictures(check)) if check else {}
     card = freeze_codec(codec, folder, training)
+    if mixing:
+        from .mixing import fit_mixing
+
+        training["mixing"] = fit_mixing(codec, mixing)
+        card = write_weights(codec, folder, card)
     if cost:
         card["measured"]["freezing"] = {k: round(v, 6) for k, v in cost.items()} | {"pictures": check.name}
         write_card(folder / f"{name}-{preset}.json", card)
@@ -110,6 +125,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codec", default="hyperprior:light", help="codec and preset that were trained")
     parser.add_argument("-o", "--out", type=Path, default=Path("weights"), help="folder for the weights file and its card")
     parser.add_argument("--check", type=Path, help="folder of pictures on which to measure what freezing costs")
+    parser.add_argument("--mixing", type=Path, help="folder of training pictures: code latents by context mixing, which starts "
+                        "at what these leave (see train/mixing.py)")  # fmt: skip
+    parser.add_argument("--cache", type=Path, help=".npz file that keeps these pictures decoded")
     parser.add_argument("--note", default="", help="a sentence for the card: data, hardware")
 
 
@@ -126,6 +144,11 @@ def main(argv: list[str] | argparse.Namespace | None = None) -> int:
 
         card = freeze_language_model(args.checkpoint, preset, args.out, args.note)
     else:
-        card = freeze_checkpoint(args.checkpoint, args.codec, args.out, args.note, args.check)
+        pictures = None
+        if args.mixing:
+            from .mixing import training_pictures
+
+            pictures = training_pictures(args.mixing, args.cache)
+        card = freeze_checkpoint(args.checkpoint, args.codec, args.out, args.note, args.check, pictures)
     print(json.dumps({k: card[k] for k in ("codec", "preset", "model_id", "parameters", "bytes")}))
     return 0
