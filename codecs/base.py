@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..entropy.hyperprior import ContextHyperprior
 from ..entropy.tables import Tables
 
 LEVELS = 1000
@@ -53,13 +54,25 @@ class Codec(nn.Module):
         raise NotImplementedError
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Other integer arrays of a weights file, by name; none for most codecs."""
-        return {}
+        """Other integer arrays of a weights file, by name: where context mixing starts, for a latent that has it."""
+        mixing = self.latent.mixing if isinstance(getattr(self, "latent", None), ContextHyperprior) else None
+        return {f"mixing.{name}": array for name, array in mixing.to_arrays().items()} if mixing else {}
 
     def set_arrays(self, arrays: dict[str, np.ndarray]) -> None:
         """Take those of a weights file. KeyError or ValueError when they do not fit."""
-        if arrays:
-            raise ValueError("arrays that this codec does not have")
+        parts = {name.removeprefix("mixing."): array for name, array in arrays.items()}
+        if not isinstance(getattr(self, "latent", None), ContextHyperprior):
+            if parts:
+                raise ValueError("arrays that this codec does not have")
+            return
+        self.latent.mixing = None
+        if parts:
+            from ..entropy.latent_mixing import Start  # brings a compiler
+
+            start = Start.from_arrays(parts)
+            if len(start.taps) != self.latent.cfg.channels:
+                raise ValueError("mixing: made for another number of channels")
+            self.latent.mixing = start
 
     @classmethod
     def from_preset(cls, preset: str) -> Codec:
@@ -166,19 +179,6 @@ class LatentCodec(ImageCodec):
 
     def set_tables(self, tables: dict[str, Tables]) -> None:
         self.latent.set_tables(tables["z"], tables["y"])
-
-    def arrays(self):
-        mixing = self.latent.mixing
-        return {f"mixing.{name}": array for name, array in mixing.to_arrays().items()} if mixing else {}
-
-    def set_arrays(self, arrays):
-        from ..entropy.latent_mixing import Start  # brings a compiler
-
-        parts = {name.removeprefix("mixing."): array for name, array in arrays.items()}
-        start = Start.from_arrays(parts) if parts else None
-        if start and len(start.taps) != self.config.latent.channels:
-            raise ValueError("mixing: made for another number of channels")
-        self.latent.mixing = start
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -4,8 +4,10 @@
 
 ``paper`` is the published network: 268 channels of one hour at once on 721 x 1440, patches of 11 x 10 ten apart, blocks with
 windows of 24 x 24, 12 x 48, 48 x 12 tokens and every fourth one global, a second, small transformer as hyperprior. The other
-presets have the same parts with other numbers, and code each field alone, whatever its variable, level and grid: the tokens are
-told the variable, the pressure and the latitude, positions within a window are relative, windows wrap around in longitude.
+presets have the same parts with other numbers, and code field after field, whatever its variable, level and grid: the tokens
+are told the variable, the pressure and the latitude, positions within a window are relative, windows wrap around in longitude.
+A field may refer to one decoded before it, the level above or the time before: both transforms and the entropy model see it
+(conditional coding, as in Li et al. 2021 for video), so that a stack of levels costs little more than what is new in each.
 What a decoder runs is exact (``entropy.exact``): the decoded field is the same integers everywhere, so that a residual
 (``entropy.grid``) can stand on it. Source: Han et al. 2024, "CRA5: extreme compression of ERA5 for portable global climate and
 weather research via an efficient variational transformer", arXiv 2405.03376.
@@ -18,7 +20,8 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -45,12 +48,12 @@ Window = tuple[int, int]  # rows, columns of tokens; (0, 0) is the whole map
 VARIABLES = ("other", "z", "t", "u", "v", "q", "r", "w", "vo", "pv", "t2m", "d2m", "u10", "v10", "u100", "v100", "msl", "sp",
              "tcc", "tcw", "tp")  # fmt: skip
 GRAVITY = 9.80665  # geopotential height (gh) is coded as geopotential
-FACTS = 8  # numbers told about a token besides its variable
+FACTS = 9  # numbers told about a token besides its variable
 LAMBDA_UNIT = 255**2  # the shared entropy model counts errors in 8-bit steps; its gains start from that
 LOWEST, HIGHEST = 1 / LAMBDA_UNIT, 5000 / LAMBDA_UNIT  # bits per value against one squared standard deviation
 VALUES_MAX = 1 << 28  # that one payload may hold
 _HEAD = struct.Struct("<HHHHB")
-_PLANE = struct.Struct("<BHff")
+_PLANE = struct.Struct("<BHffi")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,7 @@ class Config:
     latent: FieldLatent
     tokens: tuple[int, int] | None = None
     reach: Window = (0, 0)  # a global block sees no more than such a window, whatever the grid; (0, 0): everything
+    reference: bool = False  # whether a field may refer to another, decoded before it (channels is 1)
     final_norm: bool = False  # as published; it takes the amplitude out of a token, which a linear start needs
 
 
@@ -230,7 +234,23 @@ class DirectSlice(SliceModel):
 
 
 class FieldHyperprior(ContextHyperprior):
-    """The shared coding loop with a transformer on either side of z; four by four latents share a hyper-latent."""
+    """The shared coding loop with a transformer on either side of z; four by four latents share a hyper-latent.
+
+    ``known`` values per token of a reference (0: there is none) add to the features of the hyper transformer.
+    """
+
+    def __init__(self, cfg: FieldLatent, known: int = 0):
+        self._known, self._told = known, None
+        super().__init__(cfg)
+
+    @contextmanager
+    def told(self, tokens: Map | None) -> Iterator[None]:
+        """Code what is coded within with this reference (B, known, h, w), as ``Synthesis.tokens`` makes it."""
+        self._told = tokens
+        try:
+            yield
+        finally:
+            self._told = None
 
     def _build_hyper(self, cfg: FieldLatent) -> None:
         self.slice_model = ConvSlice if cfg.context else DirectSlice
@@ -246,6 +266,9 @@ class FieldHyperprior(ContextHyperprior):
         self.h_s = nn.Sequential(*(Block(w, cfg.heads, (0, 0), False, True) for _ in range(cfg.blocks)))
         self.h_s_norm = ExactLayerNorm(w, 1, 1e-6)
         self.h_s_out = ExactConv2d(w, 16 * out, 1)
+        if self._known:
+            self.known_in = ExactConv2d(self._known, out, 3, padding=1, bias=False)
+            self.known_out = ExactConv2d(out, out, 1)
         with torch.no_grad():
             self.h_a_out[-1].weight.mul_(4)
             if not cfg.context:
@@ -261,7 +284,10 @@ class FieldHyperprior(ContextHyperprior):
 
     def hyper_synthesis(self, z_hat: Map, level: Tensor | int) -> Map:
         f = bounded(self.h_s2(self.gelu(self.h_s1(z_hat))) + self.h_s_bias(level))
-        return pixel_shuffle(self.h_s_out(self.h_s_norm(self.h_s(f))), 4)
+        features = pixel_shuffle(self.h_s_out(self.h_s_norm(self.h_s(f))), 4)
+        if self._told is not None:
+            features = features + self.known_out(self.gelu(self.known_in(self._told)))
+        return bounded(features)
 
 
 class Positions(nn.Module):
@@ -284,13 +310,18 @@ class Positions(nn.Module):
 
 
 class Analysis(nn.Module):
-    """x (B, channels, H, W) normalised, facts (B, F, h, w) -> mean and log variance of y, each (B, M, h, w)."""
+    """x (B, channels, H, W) normalised, facts (B, F, h, w) -> mean and log variance of y, each (B, M, h, w).
+
+    ``reference``: shaped like x.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
         bias = config.tokens is None
         self.config = config
         self.patches = nn.Conv2d(config.channels, config.width, config.patch, stride=config.stride)
+        if config.reference:
+            self.known = nn.Conv2d(1, config.width, config.patch, stride=config.stride, bias=False)
         self.positions = Positions(config, False)
         count = config.blocks[0]
         windows = [config.windows[i % len(config.windows)] for i in range(count)]
@@ -300,14 +331,15 @@ class Analysis(nn.Module):
         )
         self.quant = nn.Conv2d(2 * config.width, 2 * config.latent.channels, 1)
 
-    def forward(self, x: Tensor, facts: Tensor) -> tuple[Tensor, Tensor]:
-        t = self.trunk(self.patches(x) + self.positions(facts))
+    def forward(self, x: Tensor, facts: Tensor, reference: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        t = self.patches(x) + self.positions(facts)
+        t = self.trunk(t if reference is None else t + self.known(reference))
         mean, log_variance = self.quant(torch.cat([head(t) for head in self.heads], 1)).chunk(2, 1)
         return mean, log_variance.clamp(-30, 20)
 
 
 class Synthesis(nn.Module):
-    """y^ (B, M, h, w), facts -> x^ (B, channels, H, W) normalised; tensors, or grids once frozen."""
+    """y^ (B, M, h, w), facts, tokens of a reference -> x^ (B, channels, H, W) normalised; tensors, or grids once frozen."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -316,16 +348,26 @@ class Synthesis(nn.Module):
         self.post = ExactConv2d(config.latent.channels, config.width, 1)
         self.level = LevelBias(config.width, config.latent.knots, config.latent.levels)
         self.positions = None if config.tokens else Positions(config, True)
+        if config.reference:
+            self.known = ExactConv2d(config.stride**2, config.width, 1, bias=False)
         first = config.blocks[0]
         windows = [config.windows[(first + i) % len(config.windows)] for i in range(config.blocks[1])]
         self.trunk = nn.Sequential(*(Block(config.width, config.heads, w, bias, True, config.reach) for w in windows))
         self.norm = norm(config.width, True) if config.final_norm else nn.Identity()
         self.patches = ExactConv2d(config.width, config.channels * config.patch[0] * config.patch[1], 1, bias=False)
 
-    def forward(self, y_hat: Map, facts: Map, level: Tensor | int) -> Map:
+    def tokens(self, reference: Map | None) -> Map | None:
+        """A decoded field (B, 1, H, W) -> its values by token, (B, stride**2, h, w)."""
+        if not isinstance(reference, Grid):
+            return None if reference is None else F.pixel_unshuffle(reference, self.config.stride)
+        return reference.move(lambda q: F.pixel_unshuffle(q, self.config.stride))
+
+    def forward(self, y_hat: Map, facts: Map, level: Tensor | int, known: Map | None = None) -> Map:
         t = self.post(y_hat) + self.level(level)
         if self.positions is not None:
             t = t + self.positions(facts)
+        if known is not None:
+            t = t + self.known(known)
         out = self.patches(self.norm(self.trunk(bounded(t))))
         (h, w), (kh, kw), s = out.shape[2:], self.config.patch, self.config.stride
         size = ((h - 1) * s + kh, (w - 1) * s + kw)
@@ -378,10 +420,23 @@ def _checksum(data: bytes) -> bytes:
     return struct.pack("<I", google_crc32c.value(data))
 
 
-def facts_of(planes: Sequence[Plane], rows: Sequence[int], columns: int) -> np.ndarray:
+def references_of(planes: Sequence[Plane]) -> list[int]:
+    """To which field before it each refers, -1 for none: the level before, else the same level one time before."""
+    found, last = [], {}
+    for i, plane in enumerate(planes):
+        before = planes[i - 1] if i else None
+        stacked = before is not None and before.name == plane.name and before != plane and plane != planes[0]
+        found.append(i - 1 if stacked else last.get(plane, -1))
+        last[plane] = i
+    return found
+
+
+def facts_of(planes: Sequence[Plane], rows: Sequence[int], columns: int,
+             references: Sequence[int] | None = None) -> np.ndarray:  # fmt: skip
     """(N, len(VARIABLES) + FACTS, h, w) integers on 2**-ACT_FRAC. rows: latitude of each row of tokens in 1/100 degree.
 
-    Numbers come from single divisions of integers, so that they are the same on every machine.
+    Numbers come from single divisions of integers, so that they are the same on every machine. ``references``: as
+    ``references_of`` gives them; none without.
     """
     one = 1 << ACT_FRAC
     latitude = np.asarray(rows, np.int64)
@@ -398,6 +453,7 @@ def facts_of(planes: Sequence[Plane], rows: Sequence[int], columns: int) -> np.n
         place[5] = pressure**2 * one // 1000**2
         place[6] = one if plane.pressure <= 0 else 0
         place[7] = min(abs(int(latitude[0] - latitude[-1])) // max(len(rows) - 1, 1), 9000) * one // 2000  # spacing of tokens
+        place[8] = one if references is not None and references[i] >= 0 else 0
     return out
 
 
@@ -407,11 +463,12 @@ class VAEformer(Codec):
     presets = {
         "test": Config(1, (8, 8), 8, 32, 2, (2, 1), ((4, 6), (0, 0)),
                        FieldLatent(slices=(8, 16), hyper=8, width=32, heads=2, blocks=1, features=32, context=32, trunk=32,
-                                   squeeze=16, residual=16, lambda_low=LOWEST, lambda_high=HIGHEST), reach=(8, 12)),
+                                   squeeze=16, residual=16, lambda_low=LOWEST, lambda_high=HIGHEST), reach=(8, 12),
+                       reference=True),
         "light": Config(1, (8, 8), 8, 96, 4, (3, 3), ((4, 6), (0, 0), (8, 4)),
                         FieldLatent(slices=(8, 16, 24), hyper=16, width=64, heads=4, blocks=1, features=64, context=64,
                                     trunk=64, squeeze=32, residual=32, lambda_low=LOWEST, lambda_high=HIGHEST),
-                        reach=(8, 12)),
+                        reach=(8, 12), reference=True),
         "paper": Config(268, (11, 10), 10, 1024, 16, (12, 12), ((24, 24), (12, 48), (48, 12), (0, 0)),
                         FieldLatent(slices=(256,), hyper=256, width=360, heads=5, blocks=4, features=512, lambda_low=LOWEST,
                                     lambda_high=HIGHEST), tokens=(72, 144), final_norm=True),
@@ -420,7 +477,7 @@ class VAEformer(Codec):
     def __init__(self, config: Config, preset: str = "custom"):
         super().__init__(config, preset)
         self.g_a, self.g_s = Analysis(config), Synthesis(config)
-        self.latent = FieldHyperprior(config.latent)
+        self.latent = FieldHyperprior(config.latent, config.stride**2 if config.reference else 0)
 
     # training
 
@@ -429,17 +486,23 @@ class VAEformer(Codec):
         low, high = np.log(self.config.latent.lambda_low), np.log(self.config.latent.lambda_high)
         return LAMBDA_UNIT * (low + (high - low) * level / LEVELS).exp()
 
-    def autoencode(self, x: Tensor, level: Tensor, facts: Tensor) -> tuple[Tensor, Tensor]:
+    def autoencode(self, x: Tensor, level: Tensor, facts: Tensor,
+                   reference: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
         """First phase: x^ through a sample of the posterior, and the mean of its divergence from a unit normal."""
-        mean, log_variance = self.g_a(x, facts)
+        mean, log_variance = self.g_a(x, facts, reference)
         y = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        return self.g_s(y, facts, level), divergence
+        return self.g_s(y, facts, level, self.g_s.tokens(reference)), divergence
 
-    def forward(self, x: Tensor, level: Tensor, facts: Tensor) -> Outputs:
-        """x (B, channels, H, W) normalised, sides multiples of 4 strides; facts (B, F, h, w) as ``facts_of`` / 2**ACT_FRAC."""
-        y_hat, y_bits, z_bits = self.latent(self.g_a(x, facts)[0], level)
-        return Outputs(self.g_s(y_hat, facts, level), {"y": y_bits, "z": z_bits})
+    def forward(self, x: Tensor, level: Tensor, facts: Tensor, reference: Tensor | None = None) -> Outputs:
+        """x (B, channels, H, W) normalised, sides multiples of 4 strides; facts (B, F, h, w) as ``facts_of`` / 2**ACT_FRAC.
+
+        ``reference``: a decoded field, shaped like x.
+        """
+        known = self.g_s.tokens(reference)
+        with self.latent.told(known):
+            y_hat, y_bits, z_bits = self.latent(self.g_a(x, facts, reference)[0], level)
+        return Outputs(self.g_s(y_hat, facts, level, known), {"y": y_bits, "z": z_bits})
 
     def tables(self):
         return {"z": self.latent.z_tables, "y": self.latent.y_tables}
@@ -459,7 +522,7 @@ class VAEformer(Codec):
                   "g_s": macs(self.g_s, y, facts, level)}  # fmt: skip
         return {part: round(n / x.numel() / 1000, 3) for part, n in counts.items()}
 
-    # coding: fields one by one
+    # coding: field after field
 
     def _padded(self, height: int, width: int) -> tuple[int, int]:
         """Tokens (h, w) that cover a grid: multiples of four."""
@@ -467,17 +530,22 @@ class VAEformer(Codec):
         return -(-height // (4 * s)) * 4, -(-width // (4 * s)) * 4
 
     @torch.no_grad()
-    def encode_fields(self, x: np.ndarray, planes: Sequence[Plane], latitude: np.ndarray | None = None,
-                      level: int = 500) -> tuple[bytes, np.ndarray]:  # fmt: skip
+    def encode_fields(self, x: np.ndarray, planes: Sequence[Plane], latitude: np.ndarray | None = None, level: int = 500,
+                      references: Sequence[int] | None = None) -> tuple[bytes, np.ndarray]:  # fmt: skip
         """Fields x (N, H, W), what each is, latitude (H,) in degrees -> (payload, base float64 (N, H, W)).
 
         The base is what ``decode_fields`` makes of the payload, bit for bit. What is missing is filled with the mean.
+        ``references``: to which field before it each refers, -1 for none; as ``references_of`` says if not given.
         """
         n, height, width = x.shape
         if self.config.channels != 1 or len(planes) != n:
-            raise ValueError("this preset codes fields one by one, each with its name and level")
+            raise ValueError("this preset codes field after field, each with its name and level")
         if max(n, height, width) > 65535:
             raise ValueError("at most 65535 fields, rows and columns")
+        if references is None:
+            references = references_of(planes) if self.config.reference else [-1] * n
+        if len(references) != n or any(not -1 <= r < i for i, r in enumerate(references)):
+            raise ValueError("a field refers to one before it, or to -1 for none")
         h, w = self._padded(height, width)
         lat = np.zeros(height) if latitude is None else np.asarray(latitude, np.float64)
         at = np.minimum(np.arange(h) * self.config.stride + self.config.stride // 2, height - 1)
@@ -485,30 +553,25 @@ class VAEformer(Codec):
         numbers = [normalisation(p, f) for p, f in zip(planes, x)]
         head = _HEAD.pack(n, height, width, level, 0) + rows.astype("<i2").tobytes()
         out = [head]
-        for p, (mean, std) in zip(planes, numbers):
+        for p, (mean, std), r in zip(planes, numbers, references):
             code = VARIABLES.index(p.name) if p.name in VARIABLES else 0
-            out.append(_PLANE.pack(code, min(max(p.pressure, 0), 65535), mean, std))
+            out.append(_PLANE.pack(code, min(max(p.pressure, 0), 65535), mean, std, r))
+        known = [Plane(VARIABLES[VARIABLES.index(p.name)] if p.name in VARIABLES else "other", p.pressure) for p in planes]
         pad = (0, w * self.config.stride - width, 0, h * self.config.stride - height)
+        chain = _Chain(self, known, references, rows.tolist(), w, level)
         base = np.empty(x.shape)
-        for i, (p, (mean, std)) in enumerate(zip(planes, numbers)):
+        for i, (mean, std) in enumerate(numbers):
             field = np.nan_to_num((x[i].astype(np.float64) - mean) / std, nan=0.0, posinf=0.0, neginf=0.0).clip(-100, 100)
             tensor = F.pad(torch.from_numpy(field).float()[None, None], pad, mode="replicate")
-            known = Plane(VARIABLES[VARIABLES.index(p.name)] if p.name in VARIABLES else "other", p.pressure)
-            facts = torch.from_numpy(facts_of([known], rows.tolist(), w)).double()
-            y = self.g_a(tensor, (facts * 2.0**-ACT_FRAC).float())[0]
-            payload, _ = self.latent.compress(y, self.latent.analyse_hyper(y, level), level)
+            facts, reference = chain.facts(i), chain.reference(i)
+            seen = None if reference is None else reference.value().float()
+            y = self.g_a(tensor, facts.value().float(), seen)[0]
+            with self.latent.told(self.g_s.tokens(reference)):
+                payload, _ = self.latent.compress(y, self.latent.analyse_hyper(y, level), level)
             out.append(struct.pack("<I", len(payload)) + payload)
-            base[i] = self._synthesise(payload, facts, level, height, width, mean, std)
+            base[i] = chain.decode(i, payload)[:height, :width] * std + mean
         payload = b"".join(out)
         return payload + _checksum(payload), base
-
-    def _synthesise(self, payload: bytes, facts: Tensor, level: int, height: int, width: int, mean: float,
-                    std: float) -> np.ndarray:  # fmt: skip
-        """Payload of one field -> (H, W) float64: integers on 2**-ACT_FRAC, one multiplication, one addition."""
-        y_hat = self.latent.decompress(payload, *facts.shape[2:], level)
-        y = Grid(torch.round(y_hat.double() * 2.0**ACT_FRAC))
-        out = self.g_s(y, Grid(facts), level)
-        return (out.q[0, 0, :height, :width].numpy() * 2.0**-out.frac) * std + mean
 
     @torch.no_grad()
     def decode_fields(self, payload: bytes, *, only: Sequence[int] | None = None) -> np.ndarray:
@@ -531,20 +594,61 @@ class VAEformer(Codec):
             raise CorruptStream("neural payload: its header makes no sense")
         h, w = self._padded(height, width)
         rows = np.frombuffer(take(2 * h), "<i2").tolist()
-        planes, numbers, streams = [], [], []
-        for _ in range(n):
-            code, pressure, mean, std = _PLANE.unpack(take(_PLANE.size))
+        planes, numbers, references, streams = [], [], [], []
+        for i in range(n):
+            code, pressure, mean, std, reference = _PLANE.unpack(take(_PLANE.size))
             if code >= len(VARIABLES) or not np.isfinite([mean, std]).all() or max(map(abs, rows)) > 9000:
                 raise CorruptStream("neural payload: its header makes no sense")
+            if not -1 <= reference < (i if self.config.reference else 0):
+                raise CorruptStream("neural payload: a field refers to one that is not there")
             planes.append(Plane(VARIABLES[code], pressure))
             numbers.append((mean, std))
+            references.append(reference)
         for _ in range(n):
             streams.append(bytes(take(struct.unpack("<I", take(4))[0])))
         if len(view):
             raise CorruptStream("neural payload: something follows its end")
-        chosen = range(n) if only is None else only
+        chosen = list(range(n) if only is None else only)
+        needed = set(chosen)
+        for i in range(n - 1, -1, -1):  # whoever is referred to comes before
+            if i in needed and references[i] >= 0:
+                needed.add(references[i])
+        chain = _Chain(self, planes, references, rows, w, level)
         out = np.empty((len(chosen), height, width))
-        for k, i in enumerate(chosen):
-            facts = torch.from_numpy(facts_of([planes[i]], rows, w)).double()
-            out[k] = self._synthesise(streams[i], facts, level, height, width, *numbers[i])
+        for i in sorted(needed):
+            field = chain.decode(i, streams[i])[:height, :width]
+            for k, wanted in enumerate(chosen):
+                if wanted == i:
+                    out[k] = field * numbers[i][1] + numbers[i][0]
         return out
+
+
+class _Chain:
+    """Decodes fields in order, and remembers those to which later ones refer."""
+
+    def __init__(self, codec: VAEformer, planes: Sequence[Plane], references: Sequence[int], rows: Sequence[int], columns: int,
+                 level: int):  # fmt: skip
+        self.codec, self.references, self.level = codec, references, level
+        self.about = [(plane, rows, columns) for plane in planes]
+        self.last_use = {r: i for i, r in enumerate(references)}
+        self.done: dict[int, Tensor] = {}  # float32 holds these integers
+
+    def facts(self, i: int) -> Grid:
+        plane, rows, columns = self.about[i]
+        return Grid(torch.from_numpy(facts_of([plane], rows, columns, self.references[i : i + 1])).double())
+
+    def reference(self, i: int) -> Grid | None:
+        r = self.references[i]
+        return Grid(self.done[r].double()) if r >= 0 else None
+
+    def decode(self, i: int, payload: bytes) -> np.ndarray:
+        """Normalised values, float64: integers on a power of two."""
+        facts, known = self.facts(i), self.codec.g_s.tokens(self.reference(i))
+        with self.codec.latent.told(known):
+            y_hat = self.codec.latent.decompress(payload, *facts.shape[2:], self.level)
+        out = self.codec.g_s(Grid(torch.round(y_hat.double() * 2.0**ACT_FRAC)), facts, self.level, known)
+        if i in self.last_use:
+            self.done[i] = out.at(ACT_FRAC).clamp().q.float()
+        for r in [r for r in self.done if self.last_use[r] <= i]:
+            del self.done[r]
+        return out.q[0, 0].numpy() * 2.0**-out.frac

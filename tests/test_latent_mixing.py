@@ -166,5 +166,5 @@ def test_from_pictures_to_weights(tmp_path, monkeypatch, capsys):
     (before, y_hat), (after, same) = plain.encode_latent(y, 300), mixed.encode_latent(y, 300)
     assert len(after) < 0.95 * len(before) and torch.equal(y_hat, same)
     assert torch.equal(mixed.decode_latent(after, *y.shape[2:], 300), y_hat)
-    q, rows = mixing.observe(plain, as_tensor(photo()), 300)
+    q, rows = mixing.observe(plain.latent, y, plain.latent.analyse_hyper(y, 300), 300)
     assert q.shape == y.shape[1:] and rows.max() < 64 and SKIPPED not in rows

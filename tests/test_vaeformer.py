@@ -24,6 +24,7 @@ from neuralcodec.codecs.vaeformer import (
     facts_of,
     join,
     normalisation,
+    references_of,
     row_mask,
 )
 from neuralcodec.container.errors import CodecError, LimitExceeded
@@ -93,6 +94,29 @@ def test_facts_are_integers_of_their_place():
     latitude = facts[0, len(VARIABLES), :, 0]
     assert latitude.tolist() == [4096, 0, -2048]
     assert facts[0, len(VARIABLES) + 4, 0, 0] == 2048 and facts[1, len(VARIABLES) + 6, 0, 0] == 4096
+
+
+def test_references():
+    """The level before; the time before of the first level, and of what has no levels; nothing of another variable."""
+    levels = [Plane("t", 1000), Plane("t", 500), Plane("t", 10)]
+    assert references_of(levels * 2) == [-1, 0, 1, 0, 3, 4]
+    assert references_of([Plane("msl")] * 3) == [-1, 0, 1]
+    assert references_of([Plane("t", 500), Plane("u", 500), Plane("u10")]) == [-1, -1, -1]
+    facts = facts_of(levels[:2], [0], 1, [-1, 0])
+    assert facts[0, -1].max() == 0 and facts[1, -1].min() == 4096
+
+
+def test_a_reference_is_used(codec):
+    """A field that was seen before costs less, and its payload needs what it refers to."""
+    x = weather(2, 64, 96, rough=0.5).astype(np.float32)
+    x[1] = x[0]
+    planes = [Plane("t", 500)] * 2
+    told, base = codec.encode_fields(x, planes, None, 600)
+    alone, _ = codec.encode_fields(x, planes, None, 600, references=[-1, -1])
+    assert len(told) < 0.9 * len(alone)
+    assert np.array_equal(codec.decode_fields(told, only=[1]), base[1:])
+    with pytest.raises(ValueError, match="before it"):
+        codec.encode_fields(x, planes, None, 600, references=[-1, 1])
 
 
 def test_normalisation():
@@ -170,14 +194,15 @@ def test_training_learns():
     fresh = VAEformer.from_preset("test")
     optimiser = torch.optim.Adam(fresh.parameters(), 2e-3)
     x = torch.from_numpy((weather(2, 64, 64, seed=3)[:, None] - 250) / 20).float()
-    facts = torch.from_numpy(facts_of([Plane("t", 500)] * 2, list(range(3200, -3200, -800)), 8)).float() / 4096
+    before = x.roll(2, 3) + 0.1
+    facts = torch.from_numpy(facts_of([Plane("t", 500)] * 2, list(range(3200, -3200, -800)), 8, [0, 0])).float() / 4096
     level = torch.tensor([300.0, 700.0])
-    x_hat, divergence = fresh.autoencode(x, level, facts)
+    x_hat, divergence = fresh.autoencode(x, level, facts, before)
     (x_hat - x).square().mean().add(divergence).backward()
     reached = {n for n, p in fresh.named_parameters() if p.grad is not None}
     losses = []
     for _ in range(40):
-        out = fresh(x, level, facts)
+        out = fresh(x, level, facts, before)
         cost = sum(out.bits.values()) / x[0].numel() + fresh.lambda_of(level) * (out.x_hat - x).square().flatten(1).mean(1)
         loss = cost.log().mean()
         optimiser.zero_grad()
@@ -238,16 +263,31 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_training_fields(folder):
-    from neuralcodec.train.climate import CROP, Sampler, load_fields
+    from neuralcodec.train.climate import CROP, Sampler, crop, load_fields
 
     found = load_fields(folder)
-    assert len(found) == 6 and all(f.periodic for f in found)
-    assert {f.plane for f in found} == {Plane("t", p) for p in (850, 500, 200)} | {Plane("z", 0)}
-    assert float(found[-1].values.abs().max()) < 12  # geopotential, not its height
-    x, facts, weights = Sampler(found, 0, 8).batch(5)
-    assert x.shape == weights.shape == (5, 1, *CROP) and facts.shape == (5, len(VARIABLES) + FACTS, CROP[0] // 8, CROP[1] // 8)
-    assert not weights[:, :, 37:].any() and not weights[..., 72:].any()
-    assert torch.allclose(weights.mean((1, 2, 3)), torch.ones(5))
+    t, z = found
+    assert t.periodic and z.periodic and t.usable.tolist() == [[True, False, True], [True] * 3]
+    assert t.planes == [Plane("t", p) for p in (850, 500, 200)] and z.planes == [Plane("z", 0)]
+    assert float(z.values.abs().max()) < 12  # geopotential, not its height
+    sampler = Sampler(found, 0, 8)
+    x, facts, weights, paired = sampler.batch(12)
+    assert x.shape == (12, 2, *CROP) and weights.shape == (12, *CROP)
+    assert facts.shape == (12, 2, len(VARIABLES) + FACTS, CROP[0] // 8, CROP[1] // 8)
+    assert torch.allclose(weights.mean((1, 2)), torch.ones(12))
+    assert set(paired.tolist()) == {0.0, 1.0}  # z stands alone
+    for values, about, one in zip(x, facts, paired):
+        assert bool((values[0] == values[1]).all()) == (not one)
+        assert not about[0, -1].any() and bool((about[1, -1] == 1).all())
+    rng = np.random.default_rng(0)
+    values, _, weights = crop(t, [(1, 0)], rng, 8)
+    assert not weights[37:].any() and not weights[:, 72:].any() and weights[:37, :72].all()
+    finer, about, weights = crop(t, [(1, 0)], rng, 8, 4)
+    assert weights.all()
+    steps = [float((v[:, :36, 1:72] - v[:, :36, :71]).abs().mean()) for v in (values, finer)]
+    assert steps[1] < steps[0] / 2  # smoother
+    spacing = about[0, len(VARIABLES) + 7, 0, 0]
+    assert spacing == pytest.approx(8 * 5.0 / 4 / 20, rel=0.01)  # tokens of eight values, now 5/4 degrees each
 
 
 def test_training_from_files_to_weights(folder, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..codecs import registry
 from ..codecs.base import LEVELS, LatentCodec
 from ..entropy.gaussian import SCALES
+from ..entropy.hyperprior import ContextHyperprior
 from ..entropy.latent_mixing import NEIGHBOURS, ROWS, SKIPPED, TAPS, Start, learn
 from .data import load_folder
 from .freeze import write_weights
@@ -33,16 +34,15 @@ Tile = tuple[np.ndarray, np.ndarray]
 
 
 @torch.no_grad()
-def observe(codec: LatentCodec, x: Tensor, level: int) -> Tile:
-    """The symbols of a picture x (1, 3, h, w) in [0, 1], sides multiples of 64."""
-    latent, y = codec.latent, codec.analyse(x, level)
+def observe(latent: ContextHyperprior, y: Tensor, z: Tensor, level: int) -> Tile:
+    """The symbols that a frozen entropy model codes for y (1, M, h, w) and its z."""
     q, rows = (np.zeros((y.shape[1], y.shape[2] * y.shape[3]), t) for t in (np.int32, np.uint8))
 
     def put(mine: slice, where: Tensor, symbols: Tensor, index: Tensor, coded: Tensor | None) -> None:
         q[mine, where.numpy()] = symbols[0].numpy()
         rows[mine, where.numpy()] = index[0].numpy() if coded is None else np.where(coded[0].numpy(), index[0].numpy(), SKIPPED)
 
-    latent._encode(y, latent.analyse_hyper(y, level), level, put)
+    latent._encode(y, z, level, put)
     return q.reshape(y.shape[1:]), rows.reshape(y.shape[1:])
 
 
@@ -68,8 +68,9 @@ def fit_taps(tiles: list[Tile]) -> np.ndarray:
     return np.clip(np.rint(taps * 4096), -32767, 32767).astype(np.int16)
 
 
+@torch.no_grad()
 def fit_mixing(codec: LatentCodec, pictures: list[Tensor], seed: int = 0) -> dict[str, Any]:
-    """Give a frozen codec its context mixing. ``pictures``: (3, h, w) uint8. What there is to say of it, for the card."""
+    """Give a frozen codec of pictures its context mixing. ``pictures``: (3, h, w) uint8. What the card should say of it."""
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(len(pictures))[:PICTURES]
     tiles = []
@@ -77,12 +78,18 @@ def fit_mixing(codec: LatentCodec, pictures: list[Tensor], seed: int = 0) -> dic
         h, w = (min(n, SIDE) // 64 * 64 for n in pictures[number].shape[1:])
         x = pictures[number][None, :, :h, :w].float() / 255
         levels = (np.arange(QUALITIES) + rng.random(QUALITIES)) * LEVELS / QUALITIES
-        tiles += [observe(codec, x, int(level)) for level in levels]
+        for level in levels.astype(int).tolist():
+            y = codec.analyse(x, level)
+            tiles.append(observe(codec.latent, y, codec.latent.analyse_hyper(y, level), level))
     tiles = [tiles[i] for i in rng.permutation(len(tiles))]
-    slices, tables = tuple(codec.config.latent.slices), codec.latent.y_tables
-    plain = sum(tables.bits(q[rows != SKIPPED], rows[rows != SKIPPED]).sum() for q, rows in tiles) / 8
-    codec.latent.mixing, taken = learn(Start.plain(fit_taps(tiles)), tables, tiles, slices)
-    return {"pictures": len(chosen), "qualities": QUALITIES, "y_bytes_over_tables": round(taken / plain, 4)}
+    return {"pictures": len(chosen), "qualities": QUALITIES, "y_bytes_over_tables": fit(codec.latent, tiles)}
+
+
+def fit(latent: ContextHyperprior, tiles: list[Tile]) -> float:
+    """Let a frozen entropy model mix, from what these tiles leave; the bytes of y that they took over those by tables alone."""
+    plain = sum(latent.y_tables.bits(q[rows != SKIPPED], rows[rows != SKIPPED]).sum() for q, rows in tiles) / 8
+    latent.mixing, taken = learn(Start.plain(fit_taps(tiles)), latent.y_tables, tiles, tuple(latent.cfg.slices))
+    return round(taken / plain, 4)
 
 
 def training_pictures(folder: Path, cache: Path | None = None) -> list[Tensor]:
