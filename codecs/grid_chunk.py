@@ -235,25 +235,34 @@ def _coded(ordered: np.ndarray, bound: Bound | None, coding: Coding, stats: Stat
 
 
 def _for_rmse(ordered: np.ndarray, target: float, coding: Coding, options: dict[str, Any]) -> tuple[bytes, float]:
-    """(payload, its bound) with a root mean square error of ``target`` at most, and not much less."""
-    from ..entropy.grid import Bound, decode_field, encode_field
+    """(payload, largest error) with a root mean square error of ``target`` at most, and not much less: by a transform or by
+    the predictor, whatever is smaller."""
+    from ..entropy.grid import Bound, decode_field, encode_field, encode_rmse
 
-    whole = coding.dtype[0] in "iu"
+    whole, threads = coding.dtype[0] in "iu", options["threads"]
     finite = np.isfinite(ordered)
     x = ordered[finite].astype(np.float64)
-    bound, best = 2.5 * target, None
-    for _ in range(6 if x.size else 0):
+
+    def off(payload: bytes) -> np.ndarray:
+        y = decode_field(payload, threads=threads)[finite].astype(np.float64)
+        return (np.rint(y) if whole else y) - x
+
+    few = {name: options[name] for name in ("periodic", "threads", "nan_payloads") if name in options}
+    best = encode_rmse(ordered, target, whole=whole, **few) if x.size and target > 0 else None
+    bound, widest = 2.5 * target, 0.0
+    for _ in range(6 if x.size and target > 0 else 0):
         payload = encode_field(ordered, Bound(bound), goal="rmse", **options)
-        y = decode_field(payload, threads=options["threads"])[finite].astype(np.float64)
-        error = float(np.sqrt(np.mean(np.square((np.rint(y) if whole else y) - x))))
-        if error <= target and (best is None or bound > best[1]):
-            best = payload, bound
+        error = float(np.sqrt(np.mean(np.square(off(payload)))))
+        if best is not None and len(payload) * min(max(error / target, 0.25), 4.0) > 1.25 * len(best):
+            break  # it will not be as small at the error wanted, whose slope is less steep than that
+        if error <= target and (best is None or len(payload) < len(best) or widest and bound > widest):
+            best, widest = payload, bound
         if 0.97 * target <= error <= target or error == 0:
             break
         bound *= min(max(0.99 * target / error, 0.25), 4.0)
     if best is None:  # nothing there, or the steps of the packing are coarser than what was asked for
         return encode_field(ordered, Bound(0.5) if whole else None, **options), 0.0
-    return best[0], best[1] + 0.5 * whole
+    return best, float(np.abs(off(best)).max())
 
 
 def _in_steps(base: np.ndarray, coding: Coding) -> np.ndarray:

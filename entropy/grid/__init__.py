@@ -22,10 +22,12 @@ with a CRC32C and decoded with the real decoder before ``encode_field`` returns:
 Errors: ``encode_field`` raises ValueError for shapes, dtypes or bounds that make no sense; ``decode_field`` raises
 CorruptStream for anything damaged and LimitExceeded for a payload that says it holds more than ``limit`` values.
 
-``goal="rmse"`` keeps within the bound as well, but spends the bits for a small mean squared error (best effort).
+``encode_rmse(x, 0.1)`` gives the smallest payload of a root mean square error, without a bound: by a transform
+(``transform.py``), or None where that is of no use; ``decode_field`` decodes it. ``encode_field`` with ``goal="rmse"`` keeps
+within the bound as well, but spends the bits for a small mean squared error (best effort).
 Integers (8, 16 and signed 32 bits) are coded too, without loss.
 """
 
-from .field import Bound, decode_field, describe_field, encode_field
+from .field import Bound, decode_field, describe_field, encode_field, encode_rmse
 
-__all__ = ["Bound", "decode_field", "describe_field", "encode_field"]
+__all__ = ["Bound", "decode_field", "describe_field", "encode_field", "encode_rmse"]

@@ -17,13 +17,16 @@ from . import kernels
 from .classes import decode_classes, encode_classes
 from .prior import PRIOR
 from .scales import LOG_STEEPEST, LogScale, PlainScale, RegionScale, Scale, bits_of, from_ordered, to_ordered
+from .transform import Choices, decode_part, encode_part, smooth_fill
+from .transform_kernels import FRACTION
 
 LIMIT = 1 << 30  # values that one payload may hold unless the caller says otherwise
 VERSION = 2
-LAZY = {1: 0, 2: 3}  # by version: see ``code_planes``; since 2 a quarter of the calm cells teaches
+TRANSFORM_VERSION = 3  # of payloads with a transform; all others are of version 2
+LAZY = {1: 0, 2: 3, 3: 3}  # by version: see ``code_planes``; since 2 a quarter of the calm cells teaches
 DTYPES = tuple(np.dtype(d) for d in ("f4", "f8", "i1", "u1", "i2", "u2", "i4"))
 KINDS = ("lossless", "absolute", "relative", "range", "regions")
-STORED, LOSSLESS, BOUNDED = range(3)  # modes
+STORED, LOSSLESS, BOUNDED, TRANSFORMED = range(4)  # modes
 STEP = 256  # of the quantiser in lattice units: predictions have 8 bits below a step
 LATTICE_MAX = 1 << 29  # largest |lattice value|; what lies beyond is stored as it is
 FINITE, NAN, PLUS_INF, MINUS_INF, WILD, ZERO, NEGATIVE = range(7)  # classes of cells
@@ -32,6 +35,9 @@ BAND_VALUES = 1 << 19  # a part of more values is cut into bands of rows, which 
 BAND_ROWS = 256  # and each has at least so many: predictors learn anew in every part
 BANDS_MAX = 8
 TRIAL_VALUES = 1 << 15
+PART_VALUES = 1 << 23  # of a transform
+PART_LEVELS = 128
+NEAR_ENOUGH = 0.993  # of the root mean square error that was asked for
 # forgetting, samples between solutions, ridge; fields of many rows want the first, stacks of small ones the second
 PACES = ((0.97, 64, 10.0), (0.95, 32, 10.0))
 # how much finer each coarser stage is quantised, and at most; the last two are for small mean squared errors
@@ -134,6 +140,7 @@ class _Plan:
     limits: tuple[int, int] = (0, 0)
     rounding: float = 0.5  # of the encoder; the decoder need not know
     version: int = VERSION
+    times: int = 1  # of a part, if transformed
 
     def header(self) -> bytes:
         flags = self.periodic | self.narrow << 1 | self.nan_bits << 2 | self.based << 3
@@ -141,6 +148,8 @@ class _Plan:
         head += bytes([len(self.shape)]) + b"".join(map(_varint, self.shape)) + struct.pack("<d", self.bound)
         if self.mode == STORED:
             return head
+        if self.mode == TRANSFORMED:
+            return head + _varint(self.times) + _varint(self.group) + struct.pack("<dd", self.scale.delta, self.scale.offset)
         head += _varint(self.group) + bytes([self.bands]) + _varint(self.step)
         head += struct.pack("<qq", *self.limits)
         return head + (self.scale.to_bytes() if self.mode == BOUNDED else b"")
@@ -150,7 +159,8 @@ class _Plan:
         version, dtype, mode, kind, flags, search = _HEAD.unpack(reader.take(_HEAD.size))
         if version not in LAZY:
             raise CorruptStream(f"field payload: version {version} is unknown here")
-        if dtype >= len(DTYPES) or mode > BOUNDED or kind >= len(KINDS) or flags > 15:
+        modes = TRANSFORMED if version == TRANSFORM_VERSION else BOUNDED
+        if dtype >= len(DTYPES) or mode > modes or kind >= len(KINDS) or flags > 15:
             raise CorruptStream("field payload: its header makes no sense")
         if search >> 4 >= len(PACES) or search & 15 >= len(SLOPES):
             raise CorruptStream("field payload: its header makes no sense")
@@ -161,6 +171,13 @@ class _Plan:
         plan = cls(DTYPES[dtype], shape, mode, kind, bound, *(bool(flags >> i & 1) for i in range(4)), search >> 4, search & 15,
                    version=version)  # fmt: skip
         if mode == STORED:
+            return plan
+        if mode == TRANSFORMED:
+            plan.times, plan.group = reader.varint(), reader.varint()
+            plan.scale = PlainScale(*struct.unpack("<dd", reader.take(16)))
+            fits = plan.times >= 1 <= plan.group and plan.dtype.kind == "f" and not plan.based and not plan.narrow
+            if not (fits and np.isfinite([plan.scale.delta, plan.scale.offset]).all()):
+                raise CorruptStream("field payload: its header makes no sense")
             return plan
         plan.group, plan.bands, plan.step = reader.varint(), reader.take(1)[0], reader.varint()
         plan.limits = struct.unpack("<qq", reader.take(16))
@@ -630,6 +647,8 @@ def decode_field(payload: bytes, *, base: np.ndarray | None = None, levels: Sequ
         rest = reader.take(len(reader.data) - reader.at)
         raw = _inflate(rest, plan.values * plan.dtype.itemsize) if plan.values else rest
         y = np.frombuffer(raw, np.uint8).reshape(plan.dtype.itemsize, -1).T.copy().view(plan.dtype).reshape(plan.stack)
+    elif plan.mode == TRANSFORMED:
+        y = _decode_transformed(plan, reader, set(chosen), threads)
     else:
         y = _decode_coded(plan, reader, base, set(chosen), threads)
     y = y if levels is None else y[:, chosen]
@@ -638,10 +657,7 @@ def decode_field(payload: bytes, *, base: np.ndarray | None = None, levels: Sequ
 
 def _decode_coded(plan: _Plan, reader: _Reader, base: np.ndarray | None, chosen: set[int], threads: int) -> np.ndarray:
     """(T, L, H, W); levels that are in no group with a chosen one are not decoded."""
-    packed = reader.block()
-    classes = decode_classes(packed, plan.stack) if packed else None
-    missing = 0 if classes is None else int((classes == NAN).sum())
-    nan_bits = _inflate(reader.block(), missing * plan.dtype.itemsize) if plan.nan_bits else b""
+    classes, nan_bits = _read_classes(plan, reader)
     streams: list[bytes | None] = []
     for group, _ in plan.parts():
         stream = reader.block()
@@ -661,16 +677,31 @@ def _decode_coded(plan: _Plan, reader: _Reader, base: np.ndarray | None, chosen:
     else:
         words = np.frombuffer(_inflate(low, 4 * plan.values), np.uint8).reshape(4, -1).T.copy().view(np.uint32)
         y = from_ordered(n.astype(np.int64) << 32 | words.reshape(plan.stack).astype(np.int64))
-    if classes is not None:
-        y[classes == NAN] = np.nan
-        y[classes == PLUS_INF], y[classes == MINUS_INF], y[classes == ZERO] = np.inf, -np.inf, 0
-        y[classes == NEGATIVE] = -y[classes == NEGATIVE]
-        if nan_bits:
-            bits = bits_of(y)
-            bits[classes == NAN] = np.frombuffer(nan_bits, bits.dtype)
-            y = bits.view(plan.dtype)
+    y = _with_classes(plan, y, classes, nan_bits)
     _put_outliers(plan, reader, y)
     return y
+
+
+def _read_classes(plan: _Plan, reader: _Reader) -> tuple[np.ndarray | None, bytes]:
+    """(classes of cells, None where all are finite; bits of the NaN, where they are kept)."""
+    packed = reader.block()
+    classes = decode_classes(packed, plan.stack) if packed else None
+    missing = 0 if classes is None else int((classes == NAN).sum())
+    return classes, _inflate(reader.block(), missing * plan.dtype.itemsize) if plan.nan_bits else b""
+
+
+def _with_classes(plan: _Plan, y: np.ndarray, classes: np.ndarray | None, nan_bits: bytes) -> np.ndarray:
+    """y with what is not finite, zero or negative by its class put there."""
+    if classes is None:
+        return y
+    y[classes == NAN] = np.nan
+    y[classes == PLUS_INF], y[classes == MINUS_INF], y[classes == ZERO] = np.inf, -np.inf, 0
+    y[classes == NEGATIVE] = -y[classes == NEGATIVE]
+    if not nan_bits:
+        return y
+    bits = bits_of(y)
+    bits[classes == NAN] = np.frombuffer(nan_bits, bits.dtype)
+    return bits.view(plan.dtype)
 
 
 def _put_outliers(plan: _Plan, reader: _Reader, y: np.ndarray) -> None:
@@ -696,11 +727,123 @@ def _inflate_some(data: bytes, limit: int) -> bytes:
         raise CorruptStream(f"field payload: {error}") from error
 
 
+# ---- transformed: a small root mean square error -----------------------------------------------------------------------------
+
+
+def _transform_parts(plan: _Plan) -> tuple[tuple[int, int, int, int], list[tuple[slice, slice]]]:
+    """(the stack as it is transformed: times alone count as levels; (times, levels) of what is coded apart)."""
+    times, levels, height, width = plan.stack
+    if levels == 1:
+        times, levels = 1, times
+    parts = [(slice(t, min(t + plan.times, times)), slice(a, min(a + plan.group, levels)))
+             for t in range(0, times, plan.times) for a in range(0, levels, plan.group)]  # fmt: skip
+    return (times, levels, height, width), parts
+
+
+def encode_rmse(x: np.ndarray, rmse: float, *, periodic: bool = False, nan_payloads: bool = False, threads: int = 1,
+                whole: bool = False) -> bytes | None:  # fmt: skip
+    """x float32 or float64 with 1 to 4 axes -> payload for ``decode_field``, by a transform, with a root mean square error of
+    ``rmse`` at most over all finite values in their dtype, and hardly less. No value has a bound.
+
+    ``whole``: what is decoded will be rounded to whole numbers; the error is that of these. None where a transform is of no
+    use: nothing finite, values further apart than its integers reach, or an error that rounding alone exceeds.
+    """
+    x = np.asarray(x)
+    if x.dtype not in (np.float32, np.float64) or not 1 <= x.ndim <= 4 or not (np.isfinite(rmse) and rmse > 0):
+        raise ValueError("a transform takes float32 or float64 with 1 to 4 axes and an error above zero")
+    plan = _Plan(x.dtype, x.shape, TRANSFORMED, 0, float(rmse), periodic, version=TRANSFORM_VERSION)
+    stack, _ = _transform_parts(replace(plan, group=1))
+    values = np.ascontiguousarray(x, x.dtype.newbyteorder("=")).reshape(plan.stack)
+    classes = _classes(values)
+    finite = values if classes is None else values[classes == FINITE]
+    if not finite.size:
+        return None
+    blocks = _class_blocks(plan, values, classes, nan_payloads)
+    values, mask = values.reshape(stack), None if classes is None else (classes == FINITE).reshape(stack)
+    offset = float(finite.min()) / 2 + float(finite.max()) / 2
+    area = max(stack[2] * stack[3], 1)
+    most = min(max(PART_VALUES // area, 1), PART_LEVELS)
+    plan.group = -(-stack[1] // -(-stack[1] // most))
+    plan.times = min(max(PART_VALUES // (area * plan.group), 1), PART_LEVELS, stack[0])
+    _, parts = _transform_parts(plan)
+    choices = [Choices() for _ in parts]
+
+    def work(i: int) -> tuple[bytes, float] | None:
+        wanted = values[parts[i]].astype(np.float64)
+        known = None if mask is None else mask[parts[i]]
+        filled = wanted - offset
+        if known is not None:
+            for plane, there in zip(filled.reshape(-1, *stack[2:]), known.reshape(-1, *stack[2:])):
+                plane[...] = smooth_fill(plane, there)
+        made = encode_part(filled, plan.scale.delta * 2.0**FRACTION, periodic, choices[i])
+        if made is None:
+            return None
+        off = _real(plan, made[1])
+        off = (np.rint(off) if whole else off) - wanted
+        return made[0], float(np.square(off if known is None else off[known]).sum())
+
+    best, points, chosen = None, [], 0.0
+    step = 5.0 * float(rmse)
+    for attempt in range(8):
+        if not max(step / chosen, chosen / step) < 1.5 if chosen else True:  # bases are chosen roughly at first
+            choices, chosen = [Choices(tries=3 if attempt else 1) for _ in parts], step if attempt else 0.0
+        plan.scale = PlainScale(step * 2.0**-FRACTION, offset)
+        with np.errstate(over="ignore", invalid="ignore"):
+            made = list(_each(work, len(parts), threads)) if np.isfinite(1 / step) else [None]
+        if any(part is None for part in made):
+            break
+        error = float(np.sqrt(sum(part[1] for part in made) / finite.size))  # type: ignore[index]
+        if error <= rmse and (best is None or error >= best[0]):
+            best = error, _finish(plan, blocks + b"".join(_block(part[0]) for part in made))  # type: ignore[index]
+        if NEAR_ENOUGH * rmse <= error <= rmse or error == 0 or (points and error <= rmse and error == points[-1][1]):
+            break
+        power = 1.24
+        if points and error != points[-1][1]:
+            power = float(np.clip(np.log(step / points[-1][0]) / np.log(error / points[-1][1]), 0.7, 3.0))
+        points.append((step, error))
+        step *= min(max(((1 + NEAR_ENOUGH) / 2 * rmse / error) ** power, 0.125), 8.0)
+    if best is None:
+        return None
+    y = decode_field(best[1], threads=threads)
+    there = np.isfinite(x)
+    off = (np.rint(y[there]) if whole else y[there]).astype(np.float64) - x[there]
+    if np.sqrt(np.mean(np.square(off))) > rmse or not _same(np.where(there, x, y), x, nan_payloads):
+        raise AssertionError("a payload did not decode to what was asked for")
+    return best[1]
+
+
+def _real(plan: _Plan, planes: np.ndarray) -> np.ndarray:
+    """Decoded planes as values of the dtype, one multiplication and one addition each; here still float64."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (planes * plan.scale.delta + plan.scale.offset).astype(plan.dtype).astype(np.float64)
+
+
+def _decode_transformed(plan: _Plan, reader: _Reader, chosen: set[int], threads: int) -> np.ndarray:
+    """(T, L, H, W); parts without a chosen level stay zero."""
+    classes, nan_bits = _read_classes(plan, reader)
+    stack, parts = _transform_parts(plan)
+    y = np.zeros(stack, plan.dtype)
+    alone = plan.stack[1] == 1
+    streams = [reader.block() for _ in parts]
+    if reader.at != len(reader.data):
+        raise CorruptStream("field payload: something follows its end")
+
+    def work(i: int) -> None:
+        inside = parts[i][1]
+        if alone or chosen.intersection(range(inside.start, inside.stop)):
+            y[parts[i]] = _real(plan, decode_part(streams[i], y[parts[i]].shape, plan.periodic))
+
+    for _ in _each(work, len(parts), threads):
+        pass
+    return _with_classes(plan, y.reshape(plan.stack), classes, nan_bits)
+
+
+
 def describe_field(payload: bytes) -> dict[str, Any]:
     """What a payload says of itself: shape, dtype, mode, kind and value of its bound, group of levels, need of a base."""
     plan, _ = _checked_plan(payload, 1 << 62)
     return {
-        "shape": plan.shape, "dtype": plan.dtype.name, "mode": ("stored", "lossless", "bounded")[plan.mode],
+        "shape": plan.shape, "dtype": plan.dtype.name, "mode": ("stored", "lossless", "bounded", "transformed")[plan.mode],
         "kind": KINDS[plan.kind], "bound": plan.bound, "periodic": plan.periodic, "level_group": plan.group,
         "needs_base": plan.based,
     }  # fmt: skip
