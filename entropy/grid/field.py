@@ -17,7 +17,7 @@ from . import kernels
 from .classes import decode_classes, encode_classes
 from .prior import PRIOR
 from .scales import LOG_STEEPEST, LogScale, PlainScale, RegionScale, Scale, bits_of, from_ordered, to_ordered
-from .transform import Choices, decode_part, encode_part, smooth_fill
+from .transform import Choices, decode_part, encode_part, guess_step, smooth_fill
 from .transform_kernels import FRACTION
 
 LIMIT = 1 << 30  # values that one payload may hold unless the caller says otherwise
@@ -766,27 +766,29 @@ def encode_rmse(x: np.ndarray, rmse: float, *, periodic: bool = False, nan_paylo
     plan.group = -(-stack[1] // -(-stack[1] // most))
     plan.times = min(max(PART_VALUES // (area * plan.group), 1), PART_LEVELS, stack[0])
     _, parts = _transform_parts(plan)
-    choices = [Choices() for _ in parts]
+
+    def centred(i: int) -> np.ndarray:
+        planes = values[parts[i]].astype(np.float64) - offset
+        if mask is not None:
+            known = mask[parts[i]].reshape(-1, *stack[2:])
+            for plane, there in zip(planes.reshape(known.shape), known):
+                plane[...] = smooth_fill(plane, there)
+        return planes
 
     def work(i: int) -> tuple[bytes, float] | None:
-        wanted = values[parts[i]].astype(np.float64)
-        known = None if mask is None else mask[parts[i]]
-        filled = wanted - offset
-        if known is not None:
-            for plane, there in zip(filled.reshape(-1, *stack[2:]), known.reshape(-1, *stack[2:])):
-                plane[...] = smooth_fill(plane, there)
-        made = encode_part(filled, plan.scale.delta * 2.0**FRACTION, periodic, choices[i])
+        made = encode_part(centred(i), plan.scale.delta * 2.0**FRACTION, periodic, choices[i])
         if made is None:
             return None
-        off = _real(plan, made[1])
-        off = (np.rint(off) if whole else off) - wanted
-        return made[0], float(np.square(off if known is None else off[known]).sum())
+        y = _real(plan, made[1])
+        off = (np.rint(y) if whole else y) - values[parts[i]]
+        return made[0], float(np.square(off if mask is None else off[mask[parts[i]]]).sum())
 
     best, points, chosen = None, [], 0.0
-    step = 5.0 * float(rmse)
-    for attempt in range(8):
-        if not max(step / chosen, chosen / step) < 1.5 if chosen else True:  # bases are chosen roughly at first
-            choices, chosen = [Choices(tries=3 if attempt else 1) for _ in parts], step if attempt else 0.0
+    middle = len(parts) // 2
+    step = guess_step(centred(middle), periodic, float(rmse) ** 2)
+    for _ in range(8):
+        if not chosen or not 1 / 1.5 < step / chosen < 1.5:
+            choices, chosen = [Choices() for _ in parts], step
         plan.scale = PlainScale(step * 2.0**-FRACTION, offset)
         with np.errstate(over="ignore", invalid="ignore"):
             made = list(_each(work, len(parts), threads)) if np.isfinite(1 / step) else [None]

@@ -24,6 +24,8 @@ PLAIN, COSINE, WAVELET, LEARNT = range(4)  # bases; times 8, plus log2 of 1 / (s
 FINEST = 7
 WORTH = 0.08  # squared steps that a bit is worth where a coefficient may become smaller,
 TRADE = 0.115  # and where bases are compared: distortion falls by 6 dB a bit
+TRIES = 3  # bases that are tried at a spacing, and how much more than the best they may cost by a rough count
+NEAR = 1.1
 FAINT = 0.03  # variance in squared steps up to which a component is not turned
 MEANS = 7  # bits below a step of the means of planes
 SHALLOW = 10  # planes of fewer rows and columns are not split
@@ -83,14 +85,20 @@ class _Stream:
         self.apm = np.tile(line, (k.LIKELY * k.UNARY, 1))
         self.chances = np.full((_ROWS, 64), 1 << 15, np.int64)
 
+    def adaptive(self) -> tuple[np.ndarray, ...]:
+        return self.maps, self.weights, self.apm
+
     def state(self) -> tuple[np.ndarray, ...]:
-        return self.coder, self.maps, self.weights, self.apm, self.chances
+        return self.coder, self.chances, *self.adaptive()
 
-    def keep(self) -> tuple[np.ndarray, ...]:
-        return tuple(array.copy() for array in self.state())
+    def keep(self, since: int = 0) -> tuple[int, np.ndarray, list[np.ndarray]]:
+        """What ``back_to`` comes back to, with the bytes written from position ``since`` on."""
+        return since, self.buf[since : self.coder[3]].copy(), [array.copy() for array in self.state()]
 
-    def back_to(self, kept: tuple[np.ndarray, ...]) -> None:
-        for array, old in zip(self.state(), kept):
+    def back_to(self, kept: tuple[int, np.ndarray, list[np.ndarray]]) -> None:
+        since, written, state = kept
+        self.buf[since : since + len(written)] = written
+        for array, old in zip(self.state(), state):
             array[...] = old
 
     def bits(self) -> float:
@@ -334,7 +342,6 @@ class Choices:
 
     times: int = -1
     levels: list[int] = field(default_factory=list)
-    tries: int = 3
 
 
 def _project(basis: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -381,9 +388,8 @@ class _Level:
             used = np.zeros(planes, np.int64) if wanted is None else (np.abs(target).max((1, 2), initial=0) >= 0.6)
             if q.size:
                 used = stream.numbers(used, _USED)
-                fits = k.code_band(target, q, self.sizes, orient, self.level, self.totals, parents, parent_totals, used, WORTH,
-                                   stream.maps, stream.weights, stream.apm, stream.coder, stream.buf, stream.decode)  # fmt: skip
-                if not fits:
+                if not k.code_band(target, q, self.sizes, orient, self.level, self.totals, parents, parent_totals, used, WORTH,
+                                   *stream.adaptive(), stream.coder, stream.buf, stream.decode):  # fmt: skip
                     return None
             made = np.empty(q.shape, np.int64)
             k.reconstruct(q, made)
@@ -415,9 +421,10 @@ def _code_levels(stream: _Stream, shape: tuple[int, int, int, int], wanted: np.n
         else:
             learnt = _learnt(above.decoded) if above and levels > 1 else None
             if number == len(choices.levels):
-                choices.levels.append(_best_choice(stream, here, targets, learnt, choices.tries))
-            choice = choices.levels[number]
-            basis, made = _code_chosen(stream, here, targets, learnt, choice)
+                choice, basis, made = _best_choice(stream, here, targets, learnt)
+                choices.levels.append(choice)
+            else:
+                basis, made = _code_chosen(stream, here, targets, learnt, choices.levels[number])
         if made is None:
             return None
         here.decoded = [_restore(basis, band) for band in made]
@@ -443,11 +450,12 @@ def _turned(basis: np.ndarray, matrix: np.ndarray, fine: int) -> _Turns:
     return _Turns.measured(real.T @ matrix @ real, fine)
 
 
-def _best_choice(stream: _Stream, here: _Level, targets: list[np.ndarray], learnt: np.ndarray | None, tries: int) -> int:
-    """The basis that costs least: by a rough count of bits, then the best ones by coding with them."""
+def _best_choice(stream: _Stream, here: _Level, targets: list[np.ndarray],
+                 learnt: np.ndarray | None) -> tuple[int, np.ndarray, list[np.ndarray] | None]:  # fmt: skip
+    """(choice, basis, decoded components) of what costs least: by a rough count of bits, then the best by coding with them."""
     levels = here.shape[1]
     if levels == 1:
-        return PLAIN * 8
+        return PLAIN * 8, *_code_chosen(stream, here, targets, learnt, PLAIN * 8)
     matrix, count = _covariance(targets)
     fine = int(np.clip(np.rint(np.log2(np.sqrt(count / 12))), 2, FINEST))
     options = [PLAIN * 8, COSINE * 8, WAVELET * 8, COSINE * 8 + fine - 1]
@@ -460,20 +468,22 @@ def _best_choice(stream: _Stream, here: _Level, targets: list[np.ndarray], learn
             turns = _turned(basis, matrix, option & 7)
             basis, extra = turns.turn(basis, option & 7), turns.cost
         rough.append(sum(_bits_about(_project(basis, target)) for target in targets) + extra)
-    options = [options[i] for i in np.argsort(rough, kind="stable")[:tries]]
-    if len(options) == 1:
-        return options[0]
-    kept, costs = stream.keep(), []
+    options = [options[i] for i in np.argsort(rough, kind="stable")[:TRIES] if rough[i] <= NEAR * min(rough)]
+    since, start = int(stream.coder[3]), stream.bits()
+    at_first, best, kept = stream.keep(since), (np.inf, options[0], learnt, None), None
     for option in options:
-        before = stream.bits()
+        stream.back_to(at_first)
         basis, made = _code_chosen(stream, here, targets, learnt, option)
-        cost = np.inf
-        if made is not None:
-            off = sum(float(np.square(_restore(basis, m) * 2.0**-k.FRACTION - t).sum()) for m, t in zip(made, targets))
-            cost = stream.bits() - before + off / TRADE
-        costs.append(cost)
-        stream.back_to(kept)
-    return options[int(np.argmin(costs))]
+        if made is None:
+            continue
+        off = sum(float(np.square(_restore(basis, m) * 2.0**-k.FRACTION - t).sum()) for m, t in zip(made, targets))
+        cost = stream.bits() - start + off / TRADE
+        if cost < best[0]:
+            best, kept = (cost, option, basis, made), (stream.keep(since), here.sizes, here.totals)
+    if kept is not None:
+        stream.back_to(kept[0])
+        here.sizes, here.totals = kept[1:]
+    return best[1:]
 
 
 def _code_chosen(stream: _Stream, here: _Level, targets: list[np.ndarray], learnt: np.ndarray | None,
@@ -516,6 +526,24 @@ def encode_part(planes: np.ndarray, step: float, periodic: bool, choices: Choice
     if coded is None:
         return None
     return stream.finish(), _planes(coded, means, choices.times, periodic)
+
+
+def guess_step(planes: np.ndarray, periodic: bool, mse: float) -> float:
+    """About the step that leaves a mean squared error, of planes float64 (T, L, H, W): by a cosine transform across them."""
+    coefficients = planes - planes.mean((2, 3), keepdims=True)
+    forward_wavelet(coefficients, periodic)
+    flat = coefficients.reshape(-1, planes.shape[2] * planes.shape[3])
+    flat = flat[:, :: max(flat.size >> 18, 1)].reshape(*planes.shape[:2], -1)
+    flat = _project(_fixed(COSINE, flat.shape[1]), flat)
+    power = np.sort(np.square(_project(_fixed(COSINE, flat.shape[0]), flat.reshape(1, len(flat), -1))).ravel())
+    below = np.concatenate([[0.0], np.cumsum(power)])
+    low, high = np.sqrt(mse), 64 * np.sqrt(mse)
+    for _ in range(20):
+        step = np.sqrt(low * high)
+        zeros = np.searchsorted(power, 0.4 * step**2)
+        error = (below[zeros] + (len(power) - zeros) * step**2 / 12) / len(power)
+        low, high = (step, high) if error < mse else (low, step)
+    return float(step)
 
 
 def decode_part(data: bytes, shape: tuple[int, int, int, int], periodic: bool) -> np.ndarray:
