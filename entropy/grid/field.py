@@ -25,7 +25,8 @@ VERSION = 2
 TRANSFORM_VERSION = 3  # of payloads with a transform; all others are of version 2
 LAZY = {1: 0, 2: 3, 3: 3}  # by version: see ``code_planes``; since 2 a quarter of the calm cells teaches
 DTYPES = tuple(np.dtype(d) for d in ("f4", "f8", "i1", "u1", "i2", "u2", "i4"))
-KINDS = ("lossless", "absolute", "relative", "range", "regions")
+KINDS = ("lossless", "absolute", "relative", "range", "regions", "rmse")
+RMSE = 5
 STORED, LOSSLESS, BOUNDED, TRANSFORMED = range(4)  # modes
 STEP = 256  # of the quantiser in lattice units: predictions have 8 bits below a step
 LATTICE_MAX = 1 << 29  # largest |lattice value|; what lies beyond is stored as it is
@@ -160,7 +161,7 @@ class _Plan:
         if version not in LAZY:
             raise CorruptStream(f"field payload: version {version} is unknown here")
         modes = TRANSFORMED if version == TRANSFORM_VERSION else BOUNDED
-        if dtype >= len(DTYPES) or mode > modes or kind >= len(KINDS) or flags > 15:
+        if dtype >= len(DTYPES) or mode > modes or kind > RMSE or (kind == RMSE) != (mode == TRANSFORMED) or flags > 15:
             raise CorruptStream("field payload: its header makes no sense")
         if search >> 4 >= len(PACES) or search & 15 >= len(SLOPES):
             raise CorruptStream("field payload: its header makes no sense")
@@ -751,7 +752,7 @@ def encode_rmse(x: np.ndarray, rmse: float, *, periodic: bool = False, nan_paylo
     x = np.asarray(x)
     if x.dtype not in (np.float32, np.float64) or not 1 <= x.ndim <= 4 or not (np.isfinite(rmse) and rmse > 0):
         raise ValueError("a transform takes float32 or float64 with 1 to 4 axes and an error above zero")
-    plan = _Plan(x.dtype, x.shape, TRANSFORMED, 0, float(rmse), periodic, version=TRANSFORM_VERSION)
+    plan = _Plan(x.dtype, x.shape, TRANSFORMED, RMSE, float(rmse), periodic, version=TRANSFORM_VERSION)
     stack, _ = _transform_parts(replace(plan, group=1))
     values = np.ascontiguousarray(x, x.dtype.newbyteorder("=")).reshape(plan.stack)
     classes = _classes(values)

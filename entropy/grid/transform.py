@@ -83,10 +83,11 @@ class _Stream:
         self.weights[:, -1] = 0
         line = SQUASH[np.minimum(np.arange(33) * 192, len(SQUASH) - 1)].astype(np.int64)
         self.apm = np.tile(line, (k.LIKELY * k.UNARY, 1))
+        self.calm = np.full(k.CALM // 4 * 5, (1 << 14) << 10, np.int64)
         self.chances = np.full((_ROWS, 64), 1 << 15, np.int64)
 
     def adaptive(self) -> tuple[np.ndarray, ...]:
-        return self.maps, self.weights, self.apm
+        return self.maps, self.weights, self.apm, self.calm
 
     def state(self) -> tuple[np.ndarray, ...]:
         return self.coder, self.chances, *self.adaptive()

@@ -27,6 +27,7 @@ LOG_END = 1 << 14
 LOG = np.array([0] + [(v**4).bit_length() - 1 for v in range(1, LOG_END)], np.int64)
 SIZES = (FINE, 12 * 10 * 3, 10 * 12 * 3, 144 * 3, 16 * 12 * 4, 16 * 20 * 5)  # contexts of each input
 STARTS = np.concatenate([[0], np.cumsum(SIZES)]).astype(np.int64) * UNARY
+CALM = 32  # expected magnitude, in 1/1024, below which one chance says whether there is anything at all
 KINDS = 20  # levels, the fifth and all coarser alike, times orientations
 TRUST = np.array([int(256 * (n + 0.6) / (n + 2.0)) for n in range(COUNT_LIMIT + 1)], np.int64)  # in a context by its count
 # 1/256 bit of a chance in 1/4096, for the encoder's choices
@@ -101,8 +102,8 @@ def _ring(a, r, c):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def code_band(target, q, sizes, orient, level, totals, parents, parent_totals, used, worth, maps, weights, apm, coder, buf,
-              decode):  # fmt: skip
+def code_band(target, q, sizes, orient, level, totals, parents, parent_totals, used, worth, maps, weights, apm, calm, coder,
+              buf, decode):  # fmt: skip
     """Code the coefficients q int32 (P, h, w) of a band, components in order; the decoder fills them.
 
     target (P, h, w) float64: what the encoder wants, in steps; (1, 1, 1) for the decoder. sizes int32 (3, P, ..): magnitudes,
@@ -163,6 +164,24 @@ def code_band(target, q, sizes, orient, level, totals, parents, parent_totals, u
                      + w[6] * s0 + w[7] * s1 + (ratios[0] * (w[8] * a0 + w[9] * a1) >> 12) + (ratios[1] * w[10] * pa >> 12)
                      + (ratios[2] * w[11] * sa >> 12) + w[12] * c0 + (w[13] * ratios[3] >> 12))
                 e = min(max(e, 20), 1 << 40)
+                some = 0  # 1 where the coefficient is known not to be zero
+                if e < CALM:
+                    place = (e >> 2) * 5 + min(level, 4)
+                    chance, cnt = calm[place] >> 10, calm[place] & 1023
+                    if not decode:
+                        off = abs(target[k, r, c])
+                        gain = off * off - (off - 0.85) * (off - 0.85)
+                        some = 1 if off > 0.5 and gain > worth * (COST[chance >> 10] + 350) / 256 else 0
+                    some = _code(some, max(chance >> 6, 1), coder, buf, decode)
+                    chance = min(chance + ((((some << 22) - chance) * RATE[cnt]) >> 16), (1 << 22) - 1)
+                    calm[place] = chance << 10 | min(cnt + 1, COUNT_LIMIT)
+                    if not some:
+                        active[rr, cc] = a0 * 5 >> 3
+                        down[0] += a0 + (a1 >> 2)
+                        down[1] += pa
+                        down[2] += sa
+                        down[3] += 1
+                        continue
                 h = 0
                 while e >> (h + 13):
                     h += 1
@@ -184,13 +203,13 @@ def code_band(target, q, sizes, orient, level, totals, parents, parent_totals, u
                     want = target[k, r, c]
                     negative = 1 if want < 0 else 0
                     want = abs(want)
-                    size = np.int64(want + 0.42)
+                    size = max(np.int64(want + 0.42), some)
                     most = np.int64(want + 0.5)
-                    if h == 0 and 0 < most < UNARY:  # nearest, the next smaller one or none: what costs least
+                    if h == 0 and some < most < UNARY:  # nearest, the next smaller one or none: what costs least
                         spent, least = 0, 1e30
-                        for j in range(most + 1):
+                        for j in range(some, most + 1):
                             p = _predict(slots, j, maps, weights, kind + j, set1 + j, apm, row + j, x)
-                            if j == 0 or j >= most - 1:
+                            if j == some or j >= most - 1:
                                 off = want - j
                                 if j:
                                     off -= SHIFT[min(j, 3) - 1, 2] / 256
@@ -198,7 +217,7 @@ def code_band(target, q, sizes, orient, level, totals, parents, parent_totals, u
                                 if cost < least:
                                     least, size = cost, np.int64(j)
                             spent += COST[p >> 4]
-                u, n = size >> h, 0
+                u, n = size >> h, some
                 while n < UNARY:
                     p = _predict(slots, n, maps, weights, kind + n, set1 + n, apm, row + n, x)
                     bit = _code(1 if u > n else 0, p, coder, buf, decode)
