@@ -34,8 +34,11 @@ TILTS = 8  # classes of the size of a prediction, an octave each
 TILT_UNIT = 82  # prediction from which on the second class begins, in 1/4096
 UNSEEN = 40  # count at which a context starts that training has not seen
 COUNT_MAX = 1023
-KEPT_MAX = 100  # count that training may leave
+KEPT_MAX = 40  # count that training may leave: what a picture shows counts for more
+LEARN = 14  # the rate of mixing weights, a shift
 INPUTS, SIGNS = 7, 4  # contexts of a decision on a size and on a sign
+FIRST_SETS = ROWS // 4 * TILTS  # of mixing weights for first decisions
+WEIGHT_SETS = FIRST_SETS + ROWS * (KINDS - 1)
 SIGN_START = 1 << 21
 SENTINEL = 0xA5
 
@@ -85,7 +88,7 @@ def _decide(bit, base, chance, count, slots, maps, weights, wset, x, coder, buf,
     bit = _code(bit, p, coder, buf, decode)
     error = (bit << 16) - p
     for i in range(count):
-        weights[wset, i] += (x[i] * error + 32768) >> 16
+        weights[wset, i] += (x[i] * error + (1 << (LEARN - 1))) >> LEARN
         m = np.int64(maps[slots[i]])
         n = m & 1023
         pr = m >> 10
@@ -186,8 +189,9 @@ def code_pass(q, rows, first, count, half, taps, starts, chances, logits, expect
                     slots[4] = starts[4] + ((row // 2 * RATIOS + near) * RATIOS + around) * KINDS + kind
                     slots[5] = starts[5] + (row * RATIOS + channel) * KINDS + kind
                     slots[6] = starts[6] + ((row // 2 * 3 + before) * RATIOS + around) * KINDS + kind
-                    bit = _decide(1 if u > n else 0, logits[row, n], chances[row, n], INPUTS, slots, maps, weights,
-                                  row * KINDS + kind, x, coder, buf, decode)
+                    chosen = row // 4 * TILTS + steep if n == 0 else FIRST_SETS + row * (KINDS - 1) + kind - 1
+                    bit = _decide(1 if u > n else 0, logits[row, n], chances[row, n], INPUTS, slots, maps, weights, chosen, x,
+                                  coder, buf, decode)
                     if not bit:
                         break
                     n += 1
@@ -248,7 +252,7 @@ def _code_sign(negative, own, r, k, c, row, half, tilt, steep, around, starts, m
 @dataclass(frozen=True, eq=False)
 class Start:
     """Where mixing starts. ``taps`` int16 (C, 2, TAPS) in 1/4096; ``chances`` uint16 and ``counts`` uint8 (sum(sizes_of(C)),)
-    of contexts, 0 counts for those never seen; ``weights`` int32 (ROWS * KINDS, INPUTS) and ``sign_weights`` int32
+    of contexts, 0 counts for those never seen; ``weights`` int32 (WEIGHT_SETS, INPUTS) and ``sign_weights`` int32
     (2 * TILTS, SIGNS) in 1/65536."""
 
     taps: np.ndarray
@@ -260,7 +264,7 @@ class Start:
     def __post_init__(self) -> None:
         places = int(sizes_of(len(self.taps)).sum())
         shapes = {"taps": (len(self.taps), 2, TAPS), "chances": (places,), "counts": (places,),
-                  "weights": (ROWS * KINDS, INPUTS), "sign_weights": (2 * TILTS, SIGNS)}  # fmt: skip
+                  "weights": (WEIGHT_SETS, INPUTS), "sign_weights": (2 * TILTS, SIGNS)}  # fmt: skip
         if any(getattr(self, name).shape != shape for name, shape in shapes.items()):
             raise ValueError("mixing: the arrays do not fit each other")
         if np.abs(self.weights.astype(np.int64)).max() > 1 << 24 or np.abs(self.sign_weights.astype(np.int64)).max() > 1 << 24:
@@ -281,7 +285,7 @@ class Start:
         """With these taps, and nothing counted."""
         places = int(sizes_of(len(taps)).sum())
         return cls(taps, np.zeros(places, np.uint16), np.zeros(places, np.uint8),
-                   np.full((ROWS * KINDS, INPUTS), 65536 * 3 // 20, np.int32),
+                   np.full((WEIGHT_SETS, INPUTS), 65536 * 3 // 20, np.int32),
                    np.full((2 * TILTS, SIGNS), 65536 * 3 // 10, np.int32))  # fmt: skip
 
     @cached_property

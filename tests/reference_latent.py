@@ -110,7 +110,7 @@ class ReferenceMixed:
         bit = self.bit(p)
         error = 65536 * bit - p
         for i, cell in enumerate(cells):
-            weights[i] += (x[i] * error + 32768) // 65536
+            weights[i] += (x[i] * error + 8192) // 16384
             cell[0] += (2**22 * bit - cell[0]) * (131072 // (2 * cell[1] + 3)) // 65536
             cell[:] = min(max(cell[0], 1), 2**22 - 1), min(cell[1] + 1, 1023)
         return bit
@@ -172,7 +172,8 @@ class ReferenceMixed:
             k = min(u, 3)
             first[2] = 16 * row + leaning
             places = [a + 4 * b + k for a, b in zip(self.lists, first)]
-            if not self.mixed(self.chances[row][u], places, self.weights[4 * row + k]):
+            weights = self.weights[8 * (row // 4) + steep if u == 0 else 127 + 3 * row + k]
+            if not self.mixed(self.chances[row][u], places, weights):
                 break
             u += 1
         if u == 14:
