@@ -253,7 +253,7 @@ def test_golden_payloads():
     from make_grid import base_of
 
     index = json.loads((GOLDEN / "grid.json").read_text())
-    assert {name[-1] for name in index} == {"1", "2"} and len(index) == 22
+    assert {name[-1] for name in index} == {"1", "2", "3"} and len(index) == 26
     for name, kept in index.items():
         y = decode_field(bytes.fromhex(kept["payload"]), base=base_of(name))
         assert hashlib.sha256(y.tobytes()).hexdigest() == kept["decoded"], name

@@ -47,8 +47,8 @@ WEIGHTS = np.array([
     [160, 59, 49, 22, 6, 0, 23, 3, 425, 92, 43, 0, 32, 0],
 ], np.int64)  # fmt: skip
 # Mean place of a value within its interval, in 1/256 of a step off its middle, by magnitude (1, 2, more) and by the sum of
-# the four neighbours' magnitudes (0, 1, 2-3, 4-7, more); measured over the same fields.
-SHIFT = np.array([[-38, -37, -22, -3, 0], [-25, -22, -23, -13, 3], [-12, -12, -10, -5, 9]], np.int64)
+# the four neighbours' magnitudes (0, 1, 2-3, 4-7, more); measured over the same training fields.
+SHIFT = np.array([[-37, -37, -27, -9, -1], [-36, -33, -31, -19, -2], [-24, -25, -22, -17, 2]], np.int64)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

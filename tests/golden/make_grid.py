@@ -52,9 +52,22 @@ def cases() -> dict:
     }
 
 
+def transformed() -> dict:
+    """label -> (field, root mean square error, options)."""
+    holes = field(12, (3, 4, 24, 36))
+    holes[:, 1, 5:9, 3:30] = np.nan
+    holes[0, 0, 0, 0], holes[1, 2, 3, 4] = np.inf, -np.inf
+    return {
+        "transform-levels": (field(11, (7, 40, 60)), 0.2, {"periodic": True}),
+        "transform-holes": (holes, 0.1, {}),
+        "transform-plane": (field(13, (91, 121), "f8"), 0.5, {}),
+        "transform-times": (field(14, (5, 1, 30, 44)), 0.05, {"periodic": True}),
+    }
+
+
 def main(labels: list[str]) -> None:
-    from neuralcodec.entropy.grid import decode_field, encode_field
-    from neuralcodec.entropy.grid.field import VERSION
+    from neuralcodec.entropy.grid import decode_field, encode_field, encode_rmse
+    from neuralcodec.entropy.grid.field import TRANSFORM_VERSION, VERSION
 
     path = HERE / "grid.json"
     index = json.loads(path.read_text()) if path.exists() else {}
@@ -65,6 +78,11 @@ def main(labels: list[str]) -> None:
         payload = encode_field(x, bound, **options)
         y = decode_field(payload, base=base_of(label))
         index[name] = {"payload": payload.hex(), "decoded": hashlib.sha256(y.tobytes()).hexdigest()}
+    for label, (x, rmse, options) in transformed().items():
+        name = f"{label}-{TRANSFORM_VERSION}"
+        if name not in index and (not labels or label in labels):
+            payload = encode_rmse(x, rmse, **options)
+            index[name] = {"payload": payload.hex(), "decoded": hashlib.sha256(decode_field(payload).tobytes()).hexdigest()}
     path.write_text(json.dumps(index, indent=1) + "\n")
 
 
