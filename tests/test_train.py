@@ -14,13 +14,14 @@ import pytest
 import torch
 from conftest import scene
 from neuralcodec.codecs import registry
+from neuralcodec.codecs.hyperprior import Hyperprior, NarrowConfig
 from neuralcodec.codecs.weights import load_weights
 from neuralcodec.eval.metrics import ms_ssim_tensor
 from neuralcodec.train import loop
 from neuralcodec.train.data import Crops, load_folder
 from neuralcodec.train.freeze import freeze_checkpoint
 from neuralcodec.train.klt import start_at_klt
-from neuralcodec.train.loop import Recipe, rd_loss, train
+from neuralcodec.train.loop import Recipe, rd_loss, train, transfer
 from neuralcodec.train.optim import Muon, orthogonalise
 from neuralcodec.train.plot import plot_run, read_log
 from PIL import Image
@@ -163,6 +164,22 @@ def test_training_lowers_the_loss_and_freezes(folder, tmp_path):
     y = loaded.analyse(stacks[1][:1].float()[:, :, :64, :64] / 255, 500)
     payload, y_hat = loaded.encode_latent(y, 500)
     assert torch.equal(loaded.decode_latent(payload, 4, 4, 500), y_hat)
+
+
+def test_new_blocks_rest_at_first():
+    """A codec with more blocks at H/16 goes on from one without: at first it does the same."""
+    small = registry.codec_class("hyperprior").from_preset("test")
+    config = small.config
+    large = Hyperprior(NarrowConfig(config.widths, (1, 1, 1), (1, 1, 2), config.latent, 24))
+    said = transfer(large, small.state_dict())
+    assert said.startswith(f"{len(small.state_dict())} of ")
+    x, level = torch.rand(1, 3, 64, 64), torch.tensor([400.0])
+    y = small.g_a(x, level)
+    assert torch.allclose(large.g_a(x, level), y, atol=1e-6)
+    assert torch.allclose(large.g_s(y, level), small.g_s(y, level), atol=1e-6)
+    assert large.g_s.at16[0].a.out_channels == 24
+    large.g_a(x, level).square().sum().backward()
+    assert large.g_a.at16[0].b.weight.grad.abs().max() > 0  # and then it learns
 
 
 def test_hard_stages_leave_the_encoder_alone(folder, tmp_path):

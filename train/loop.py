@@ -143,9 +143,20 @@ def validate(codec: ImageCodec, pictures: Tensor, levels: tuple[int, ...] = (100
     return rows
 
 
+def deepened(codec: torch.nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` of a codec without blocks at H/16, by the names of ``codec``, whose blocks there rest; else as it is."""
+    synthesis = getattr(getattr(codec, "g_s", None), "at16", [])
+    blocks = len(synthesis) - 1
+    if blocks < 1 or "g_s.at16.0.0.weight" not in state or not isinstance(codec.g_a.at16, torch.nn.Sequential):
+        return state
+    for block in (*codec.g_a.at16, *synthesis[:blocks]):
+        block.rest()
+    return {k.replace("g_s.at16.0.", f"g_s.at16.{blocks}."): v for k, v in state.items()}
+
+
 def transfer(codec: torch.nn.Module, state: dict[str, Tensor]) -> str:
     """Copy every tensor whose name and shape agree; how many did."""
-    own = codec.state_dict()
+    own, state = codec.state_dict(), deepened(codec, state)
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     codec.load_state_dict(fitting, strict=False)
     return f"{len(fitting)} of {len(own)} tensors"
