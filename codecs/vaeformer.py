@@ -22,6 +22,7 @@ import json
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -233,6 +234,9 @@ class DirectSlice(SliceModel):
         raise NotImplementedError("the scales of this model come from the hyper net")
 
 
+_TOLD: ContextVar[Map | None] = ContextVar("reference", default=None)  # of each thread its own: chunks are coded side by side
+
+
 class FieldHyperprior(ContextHyperprior):
     """The shared coding loop with a transformer on either side of z; four by four latents share a hyper-latent.
 
@@ -240,17 +244,18 @@ class FieldHyperprior(ContextHyperprior):
     """
 
     def __init__(self, cfg: FieldLatent, known: int = 0):
-        self._known, self._told = known, None
+        self._known = known
         super().__init__(cfg)
 
+    @staticmethod
     @contextmanager
-    def told(self, tokens: Map | None) -> Iterator[None]:
+    def told(tokens: Map | None) -> Iterator[None]:
         """Code what is coded within with this reference (B, known, h, w), as ``Synthesis.tokens`` makes it."""
-        self._told = tokens
+        before = _TOLD.set(tokens)
         try:
             yield
         finally:
-            self._told = None
+            _TOLD.reset(before)
 
     def _build_hyper(self, cfg: FieldLatent) -> None:
         self.slice_model = ConvSlice if cfg.context else DirectSlice
@@ -285,8 +290,8 @@ class FieldHyperprior(ContextHyperprior):
     def hyper_synthesis(self, z_hat: Map, level: Tensor | int) -> Map:
         f = bounded(self.h_s2(self.gelu(self.h_s1(z_hat))) + self.h_s_bias(level))
         features = pixel_shuffle(self.h_s_out(self.h_s_norm(self.h_s(f))), 4)
-        if self._told is not None:
-            features = features + self.known_out(self.gelu(self.known_in(self._told)))
+        if (told := _TOLD.get()) is not None:
+            features = features + self.known_out(self.gelu(self.known_in(told)))
         return bounded(features)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -316,3 +317,15 @@ def test_where_prediction_starts(folder):
     assert table.shape == PRIOR.shape
     assert (np.abs(table[0, 1:3] + 16) < 16).all()  # across, finest: near the cubic -1/16
     assert np.abs(PRIOR[0, 1:3] + 1 / 16).max() < 0.02
+
+
+def test_threads_do_not_hear_each_other(codec):
+    """One model codes chunks side by side, each with references of its own."""
+    jobs = [weather(3, 40, 64, seed=s, rough=0.3).astype(np.float32) for s in range(4)]
+    planes = [Plane("t", p) for p in (1000, 500, 10)]
+    alone = [codec.encode_fields(x, planes, None, 500)[0] for x in jobs]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda x: codec.encode_fields(x, planes, None, 500)[0], jobs))
+        assert together == alone
+        back = list(pool.map(codec.decode_fields, together))
+    assert all(np.array_equal(a, codec.decode_fields(b)) for a, b in zip(back, alone))
