@@ -47,7 +47,7 @@ class Hyperprior(LatentCodec):
     presets = {
         "test": _TEST,
         "test-mixed": _TEST,  # with context mixing of the latent
-        "light": _LIGHT,
+        "light": NarrowConfig(_LIGHT.widths, (2, 1, 1), (2, 2, 1), _LIGHT.latent, 128),
         # without the blocks at H/16, trained for MS-SSIM
         "light-ms-ssim": replace(_LIGHT, latent=replace(_LIGHT.latent, lambda_low=0.0008, lambda_high=0.5)),
         "base": Config((96, 192), (3, 3, 0), (3, 3, 0),

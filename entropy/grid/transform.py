@@ -35,7 +35,7 @@ _CHOICE, _USED, _MEAN, _TURNED, _SPREAD, _TURN = range(6)
 _ROWS = _TURN + 5
 
 # Logits in 1/256 of the first 8 decisions (magnitude above 0, 1, ..), for every third class of the expected magnitude;
-# from the fields of ``shared/data/climate/train``
+# from the training fields
 _PRIOR = np.array([
     [-1650, -1357, -563, -307, -154, -77, 0, 0], [-1640, -1357, -563, -307, -154, -77, 0, 0],
     [-1630, -1357, -563, -307, -154, -77, 0, 0], [-1620, -1357, -563, -307, -154, -77, 0, 0],

@@ -35,7 +35,7 @@ COST = np.array([3072] + [int(-256 * np.log2(i / 4096)) for i in range(1, 4097)]
 
 # Expected magnitude in 1/1024: W, N, NW + NE, further ones; parent, its ring; sibling bands, their rings; activity of the
 # components before, its ring; activity of the parent's and of the sibling bands; component before; mean of the component.
-# Rows: orientation, without and with a component before. Least squares over ``shared/data/climate/train``.
+# Rows: orientation, without and with a component before. Least squares over the training fields.
 WEIGHTS = np.array([
     [358, 184, 82, 51, 31, 5, 0, 0, 0, 0, 92, 0, 0, 31],
     [358, 164, 82, 51, 25, 4, 0, 0, 0, 0, 92, 0, 0, 20],
