@@ -274,7 +274,7 @@ class ContextHyperprior(Freezable):
         encoder = Encoder()
         encoder.put(*_flat(z), self.z_tables)
         if self.mixing is None:
-            y_hat = self._encode(y, z, level, self._plainly(encoder))
+            y_hat = self.passes(y, z, level, self._plainly(encoder))
             return encoder.finish(), y_hat
         from .latent_mixing import MixedEncoder, joined
 
@@ -284,7 +284,7 @@ class ContextHyperprior(Freezable):
             which = None if coded is None else coded[0].cpu().numpy()
             mixed.put(mine, *(t.cpu().numpy() for t in (where, q[0], index[0])), which)
 
-        y_hat = self._encode(y, z, level, put)
+        y_hat = self.passes(y, z, level, put)
         return joined(encoder.finish(), mixed.finish()), y_hat
 
     def ideal_bits(self, y: Tensor, z: Tensor, level: int) -> float:
@@ -294,7 +294,7 @@ class ContextHyperprior(Freezable):
         """
         counter = _Counter()
         counter.put(*_flat(z), self.z_tables)
-        self._encode(y, z, level, self._plainly(counter))
+        self.passes(y, z, level, self._plainly(counter))
         return counter.bits
 
     def _plainly(self, encoder: Any) -> Put:
@@ -308,8 +308,11 @@ class ContextHyperprior(Freezable):
         return put
 
     @torch.no_grad()
-    def _encode(self, y: Tensor, z: Tensor, level: int, put: Put) -> Tensor:
-        """y^ (1, M, h, w) float32; every pass goes through ``put(channels, positions, q, rows, coded)``."""
+    def passes(self, y: Tensor, z: Tensor, level: int, put: Put) -> Tensor:
+        """y^ (1, M, h, w) float32 of y; every pass goes through ``put(channels, positions (n,), q, rows, coded)``.
+
+        These three are (1, c, n); ``coded`` says which symbols are not left out, None for all of them.
+        """
         latent = y.double().reshape(1, y.shape[1], -1)
 
         def make(mine: slice, where: Tensor, mu: Grid, step: Tensor, index: Tensor, coded: Tensor | None) -> Tensor:

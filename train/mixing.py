@@ -42,7 +42,7 @@ def observe(latent: ContextHyperprior, y: Tensor, z: Tensor, level: int) -> Tile
         q[mine, where.numpy()] = symbols[0].numpy()
         rows[mine, where.numpy()] = index[0].numpy() if coded is None else np.where(coded[0].numpy(), index[0].numpy(), SKIPPED)
 
-    latent._encode(y, z, level, put)
+    latent.passes(y, z, level, put)
     return q.reshape(y.shape[1:]), rows.reshape(y.shape[1:])
 
 

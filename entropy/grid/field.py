@@ -841,7 +841,6 @@ def _decode_transformed(plan: _Plan, reader: _Reader, chosen: set[int], threads:
     return _with_classes(plan, y.reshape(plan.stack), classes, nan_bits)
 
 
-
 def describe_field(payload: bytes) -> dict[str, Any]:
     """What a payload says of itself: shape, dtype, mode, kind and value of its bound, group of levels, need of a base."""
     plan, _ = _checked_plan(payload, 1 << 62)
