@@ -207,7 +207,7 @@ def _encode_floats(values: np.ndarray, coding: Coding, threads: int, stats: Stat
 def _coded(ordered: np.ndarray, bound: Bound | None, coding: Coding, stats: Stats, what: About | None,
            options: dict[str, Any]) -> tuple[int, bytes]:  # fmt: skip
     """(FIELD or NEURAL, payload) of a field within a bound, or of a quality or error: what is smaller."""
-    from ..entropy.grid import Bound, encode_field
+    from ..entropy.grid import encode_field
 
     if coding.kind == "rmse":
         payload, reached = _for_rmse(ordered, coding.value / abs(coding.scale), coding, options)
@@ -222,11 +222,11 @@ def _coded(ordered: np.ndarray, bound: Bound | None, coding: Coding, stats: Stat
     neural, base = encode_base(real, what, coding.model, coding.level)
     base = _in_steps(base, coding)
     if coding.kind == "quality":
-        finite = np.isfinite(ordered)
-        worst = float(np.abs(ordered[finite] - base[finite]).max()) if finite.any() else 0.0
-        worst *= 1 + 2.0**-10  # so that no residual is left but the masks
-        stats.worst = worst * abs(coding.scale)
-        bound = Bound(worst)
+        finite, stats.neural = np.isfinite(ordered), True
+        decoded = np.rint(base) if coding.dtype[0] in "iu" else base.astype(ordered.dtype).astype(np.float64)
+        stats.worst = float(np.abs(ordered - decoded, where=finite, out=np.zeros(base.shape)).max()) * abs(coding.scale)
+        # zeros, and whatever is not finite: only that is taken from here
+        return NEURAL, joined(neural, encode_field(np.where(finite, 0, ordered), None, **options))
     both = joined(neural, encode_field(ordered, bound, base=base, **options))
     if plain is not None and len(plain) <= len(both):
         return FIELD, plain
@@ -290,7 +290,7 @@ def _new_fills(payload: bytes, values: np.ndarray, coding: Coding, threads: int)
 
 def _decode_field(body: bytes, neural: bool, patterns: list, limits: list, shape: tuple[int, ...], coding: Coding,
                   threads: int) -> np.ndarray:  # fmt: skip
-    from ..entropy.grid import decode_field
+    from ..entropy.grid import decode_field, describe_field
 
     dtype = np.dtype(coding.dtype)
     try:
@@ -308,6 +308,8 @@ def _decode_field(body: bytes, neural: bool, patterns: list, limits: list, shape
         first, body = parted(body)
         base = _in_steps(decode_base(first, _four(shape, coding.axes), coding.model), coding)
     field = decode_field(body, base=base, threads=threads, limit=math.prod(shape))
+    if base is not None and field.shape == base.shape and not describe_field(body)["needs_base"]:
+        np.copyto(field, base, casting="same_kind", where=np.isfinite(field))
     carrier = dtype if dtype.kind == "f" else np.dtype("f8")
     if field.shape != _four(shape, coding.axes) or field.dtype not in (carrier, dtype):
         raise CorruptStream("chunk: another shape or type than the header says")

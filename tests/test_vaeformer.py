@@ -329,3 +329,31 @@ def test_threads_do_not_hear_each_other(codec):
         assert together == alone
         back = list(pool.map(codec.decode_fields, together))
     assert all(np.array_equal(a, codec.decode_fields(b)) for a, b in zip(back, alone))
+
+
+@pytest.mark.parametrize("dtype", ["f4", "i2"])
+def test_best_effort_is_the_networks_field(codec, dtype):
+    """Nothing comes between the network and the reader: the field of a chunk is what the network decodes, masks kept."""
+    from neuralcodec.codecs.grid_chunk import Coding, decode_chunk, encode_chunk
+    from neuralcodec.codecs.grid_neural import About
+
+    rng = np.random.default_rng(0)
+    x = weather(2, 40, 64, rough=0.5) + 5 * rng.standard_normal((2, 40, 64))  # rough: a predictor would smooth it
+    coding = Coding(dtype, "TYX", "quality", 60.0, model="vaeformer:test", scale=0.01 if dtype == "i2" else 1.0,
+                    offset=250.0 if dtype == "i2" else 0.0)  # fmt: skip
+    raw = x.astype(np.float32) if dtype == "f4" else np.rint((x - 250) / 0.01).astype(np.int16)
+    if dtype == "f4":
+        raw[0, 3:6, 4:9], raw[1, 0, 0] = np.nan, -np.inf
+    latitude = np.linspace(80, -80, 40)
+    payload, stats = encode_chunk(raw, coding, what=About("t", (500,), latitude))
+    back = decode_chunk(payload, raw.shape, coding)
+    real = raw.astype(np.float64) * coding.scale + coding.offset
+    _, base = codec.encode_fields(real, [Plane("t", 500)] * 2, latitude, coding.level)
+    expected = (base - coding.offset) / coding.scale
+    finite = np.isfinite(real)
+    low, high = raw[finite].min(), raw[finite].max()
+    expected = expected.astype(np.float32) if dtype == "f4" else np.rint(expected)
+    assert np.array_equal(back[finite], np.clip(expected, low, high)[finite].astype(raw.dtype))
+    assert np.array_equal(back[~finite], raw[~finite], equal_nan=True)
+    error = np.abs(back[finite].astype(np.float64) - raw[finite]).max() * coding.scale
+    assert stats.neural and error <= stats.worst <= 2 * error + 1
