@@ -932,7 +932,8 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     p.add_argument("what", choices=("coder", "image", "curves", "grid", "bytes"), help=text)
     p.add_argument("files", nargs="*", metavar="FILE", help="pictures (default: a bundled photograph), fields, any files")
     p.add_argument("--max-error", metavar="VAR=TOL,...", help="bounds for grid, as those of codec encode")
-    p.add_argument("--cra5", action="store_true", help="for grid: bits at mean squared errors, beside what CRA5 publishes")
+    p.add_argument("--cra5", action="store_true", help="for grid: bits at mean squared errors, beside what CRA5 publishes; "
+                   "-m vaeformer:PRESET: also at those of a network")  # fmt: skip
     _model(p)
     p.add_argument("--repeats", type=count_of(1), metavar="N", help="the median of so many runs (default 7; bytes 1)")
     p.add_argument("-e", "--effort", type=int, choices=range(1, 10), default=5, metavar="1..9", help="for bytes (default 5)")

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..entropy.hyperprior import ContextHyperprior
 from ..entropy.tables import Tables
 
 LEVELS = 1000
@@ -54,30 +53,44 @@ class Codec(nn.Module):
         raise NotImplementedError
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Other integer arrays of a weights file, by name: where context mixing starts, for a latent that has it."""
-        mixing = self.latent.mixing if isinstance(getattr(self, "latent", None), ContextHyperprior) else None
-        return {f"mixing.{name}": array for name, array in mixing.to_arrays().items()} if mixing else {}
+        """Other integer arrays of a weights file, by name; none for most codecs."""
+        return {}
 
     def set_arrays(self, arrays: dict[str, np.ndarray]) -> None:
         """Take those of a weights file. KeyError or ValueError when they do not fit."""
-        parts = {name.removeprefix("mixing."): array for name, array in arrays.items()}
-        if not isinstance(getattr(self, "latent", None), ContextHyperprior):
-            if parts:
-                raise ValueError("arrays that this codec does not have")
-            return
-        self.latent.mixing = None
-        if parts:
-            from ..entropy.latent_mixing import Start  # brings a compiler
-
-            start = Start.from_arrays(parts)
-            if len(start.taps) != self.latent.cfg.channels:
-                raise ValueError("mixing: made for another number of channels")
-            self.latent.mixing = start
+        if arrays:
+            raise ValueError("arrays that this codec does not have")
 
     @classmethod
     def from_preset(cls, preset: str) -> Codec:
         """A fresh, untrained codec. KeyError for an unknown preset."""
         return cls(cls.presets[preset], preset)
+
+
+class WithLatent(Codec):
+    """A codec whose ``latent`` is a ContextHyperprior: what a weights file holds for that, its context mixing included."""
+
+    latent: Any
+
+    def tables(self) -> dict[str, Tables]:
+        return {"z": self.latent.z_tables, "y": self.latent.y_tables}
+
+    def set_tables(self, tables: dict[str, Tables]) -> None:
+        self.latent.set_tables(tables["z"], tables["y"])
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        mixing = self.latent.mixing
+        return {f"mixing.{name}": array for name, array in mixing.to_arrays().items()} if mixing else {}
+
+    def set_arrays(self, arrays: dict[str, np.ndarray]) -> None:
+        self.latent.mixing = None
+        if arrays:
+            from ..entropy.latent_mixing import Start  # brings a compiler
+
+            start = Start.from_arrays({name.removeprefix("mixing."): array for name, array in arrays.items()})
+            if len(start.taps) != self.latent.cfg.channels:
+                raise ValueError("mixing: made for another number of channels")
+            self.latent.mixing = start
 
 
 class ImageCodec(Codec):
@@ -138,7 +151,7 @@ class ImageCodec(Codec):
         raise NotImplementedError
 
 
-class LatentCodec(ImageCodec):
+class LatentCodec(WithLatent, ImageCodec):
     """An image codec of three parts: ``g_a(x, level)``, ``g_s(y^, level)``, and ``latent``, a ContextHyperprior.
 
     Subclasses make these in ``__init__`` and set the margins.
@@ -146,7 +159,6 @@ class LatentCodec(ImageCodec):
 
     g_a: nn.Module
     g_s: nn.Module
-    latent: Any
 
     def forward(self, x: Tensor, level: Tensor) -> Outputs:
         y_hat, y_bits, z_bits = self.latent(self.g_a(x, level), level)
@@ -173,12 +185,6 @@ class LatentCodec(ImageCodec):
             "g_s": macs(self.g_s, y, level),
         }
         return {part: round(count / side**2 / 1000, 2) for part, count in counts.items()}
-
-    def tables(self) -> dict[str, Tables]:
-        return {"z": self.latent.z_tables, "y": self.latent.y_tables}
-
-    def set_tables(self, tables: dict[str, Tables]) -> None:
-        self.latent.set_tables(tables["z"], tables["y"])
 
 
 def count_parameters(module: nn.Module) -> int:

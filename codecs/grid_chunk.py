@@ -307,12 +307,16 @@ def _decode_field(body: bytes, neural: bool, patterns: list, limits: list, shape
             raise CorruptStream("chunk: needs a network, which the header does not name")
         first, body = parted(body)
         base = _in_steps(decode_base(first, _four(shape, coding.axes), coding.model), coding)
-    field = decode_field(body, base=base, threads=threads, limit=math.prod(shape))
-    if base is not None and field.shape == base.shape and not describe_field(body)["needs_base"]:
-        np.copyto(field, base, casting="same_kind", where=np.isfinite(field))
+    about = describe_field(body)
     carrier = dtype if dtype.kind == "f" else np.dtype("f8")
-    if field.shape != _four(shape, coding.axes) or field.dtype not in (carrier, dtype):
+    known_types = (carrier,) if base is not None else (carrier, dtype)
+    if about["shape"] != _four(shape, coding.axes) or np.dtype(about["dtype"]) not in known_types:
         raise CorruptStream("chunk: another shape or type than the header says")
+    if about["needs_base"] and base is None:
+        raise CorruptStream("chunk: stands on a network's field, which is not there")
+    field = decode_field(body, base=base, threads=threads, limit=math.prod(shape))
+    if base is not None and not about["needs_base"]:
+        np.copyto(field, base, casting="same_kind", where=np.isfinite(field))
     field = _restored(field, shape, coding.axes)
     if field.dtype.kind in "iu":
         return field

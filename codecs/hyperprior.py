@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import ClassVar
 
 from ..entropy.hyperprior import ContextHyperprior, LatentConfig
 from ..nn.blocks import ResidualBlock
@@ -26,13 +27,14 @@ class Config:
     encoder_blocks: tuple[int, int, int]
     decoder_blocks: tuple[int, int, int]
     latent: LatentConfig
+    narrow: ClassVar[int | None] = None
 
 
 @dataclass(frozen=True)
 class NarrowConfig(Config):
     """``narrow``: hidden width of the blocks at H/16, which have as many channels as y otherwise."""
 
-    narrow: int
+    narrow: int  # type: ignore[misc]  # of other configs a constant, so that their model ids stay
 
 
 _TEST = Config((16, 16), (1, 1, 0), (1, 1, 0),
@@ -62,7 +64,7 @@ class Hyperprior(LatentCodec):
         super().__init__(config, preset)
         reach, self.synthesis_margin = patch_margins(config.encoder_blocks, config.decoder_blocks)
         self.analysis_margin = -(-reach // self.tile_multiple) * self.tile_multiple
-        blocks = ResidualBlock, ResidualBlock, partial(ResidualBlock, hidden=getattr(config, "narrow", None))
+        blocks = ResidualBlock, ResidualBlock, partial(ResidualBlock, hidden=config.narrow)
         self.g_a = PatchAnalysis(config.widths, config.encoder_blocks, config.latent, blocks)
         self.g_s = PatchSynthesis(config.widths, config.decoder_blocks, config.latent, blocks)
         self.latent = ContextHyperprior(config.latent)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ from ..entropy.hyperprior import ContextHyperprior, LatentBase
 from ..entropy.levels import LevelBias
 from ..nn.blocks import ChannelNorm, LevelAffine
 from ..nn.windows import MASKED
-from .base import LEVELS, Codec, Outputs, macs
+from .base import LEVELS, Outputs, WithLatent, macs
 
 Map = Tensor | Grid
 Window = tuple[int, int]  # rows, columns of tokens; (0, 0) is the whole map
@@ -462,7 +462,7 @@ def facts_of(planes: Sequence[Plane], rows: Sequence[int], columns: int,
     return out
 
 
-class VAEformer(Codec):
+class VAEformer(WithLatent):
     name = "vaeformer"
     kind = "grid"
     presets = {
@@ -509,12 +509,6 @@ class VAEformer(Codec):
             y_hat, y_bits, z_bits = self.latent(self.g_a(x, facts, reference)[0], level)
         return Outputs(self.g_s(y_hat, facts, level, known), {"y": y_bits, "z": z_bits})
 
-    def tables(self):
-        return {"z": self.latent.z_tables, "y": self.latent.y_tables}
-
-    def set_tables(self, tables):
-        self.latent.set_tables(tables["z"], tables["y"])
-
     def kmac_per_pixel(self) -> dict[str, float]:
         """Thousand multiply-adds per value, on the grid of the preset or on 128 x 256."""
         c = self.config
@@ -536,11 +530,13 @@ class VAEformer(Codec):
 
     @torch.no_grad()
     def encode_fields(self, x: np.ndarray, planes: Sequence[Plane], latitude: np.ndarray | None = None, level: int = 500,
-                      references: Sequence[int] | None = None) -> tuple[bytes, np.ndarray]:  # fmt: skip
+                      references: Sequence[int] | None = None,
+                      trace: Callable[[Tensor, Tensor], None] | None = None) -> tuple[bytes, np.ndarray]:  # fmt: skip
         """Fields x (N, H, W), what each is, latitude (H,) in degrees -> (payload, base float64 (N, H, W)).
 
         The base is what ``decode_fields`` makes of the payload, bit for bit. What is missing is filled with the mean.
-        ``references``: to which field before it each refers, -1 for none; as ``references_of`` says if not given.
+        ``references``: to which field before it each refers, -1 for none; as ``references_of`` says if not given. ``trace``
+        gets y and z of each field before they are coded.
         """
         n, height, width = x.shape
         if self.config.channels != 1 or len(planes) != n:
@@ -561,7 +557,7 @@ class VAEformer(Codec):
         for p, (mean, std), r in zip(planes, numbers, references):
             code = VARIABLES.index(p.name) if p.name in VARIABLES else 0
             out.append(_PLANE.pack(code, min(max(p.pressure, 0), 65535), mean, std, r))
-        known = [Plane(VARIABLES[VARIABLES.index(p.name)] if p.name in VARIABLES else "other", p.pressure) for p in planes]
+        known = [Plane(p.name if p.name in VARIABLES else "other", p.pressure) for p in planes]
         pad = (0, w * self.config.stride - width, 0, h * self.config.stride - height)
         chain = _Chain(self, known, references, rows.tolist(), w, level)
         base = np.empty(x.shape)
@@ -572,7 +568,10 @@ class VAEformer(Codec):
             seen = None if reference is None else reference.value().float()
             y = self.g_a(tensor, facts.value().float(), seen)[0]
             with self.latent.told(self.g_s.tokens(reference)):
-                payload, _ = self.latent.compress(y, self.latent.analyse_hyper(y, level), level)
+                z = self.latent.analyse_hyper(y, level)
+                if trace is not None:
+                    trace(y, z)
+                payload, _ = self.latent.compress(y, z, level)
             out.append(struct.pack("<I", len(payload)) + payload)
             base[i] = chain.decode(i, payload)[:height, :width] * std + mean
         payload = b"".join(out)

@@ -19,7 +19,9 @@ import numpy as np
 from numba import njit
 
 from ..container.errors import CorruptStream
-from .grid.kernels import REACH, SQUASH, STRETCH, _code, _raw
+from ..container.format import read_varint, varint
+from . import binary
+from .binary import REACH, SQUASH, STRETCH, code_bit, code_tail, learned, raw_bits
 from .tables import PRECISION, Tables
 
 UNARY = 14  # decisions on the size of a symbol; whatever is larger goes on with an Exp-Golomb code
@@ -75,31 +77,12 @@ def _decide(bit, base, chance, count, slots, maps, weights, wset, x, coder, buf,
             maps[slots[i]] = np.uint32(m)
         x[i] = np.int64(STRETCH[m >> 18]) - base
         total += weights[wset, i] * x[i]
-    dot = total >> 16
-    if dot > REACH:
-        dot = REACH
-    elif dot < -REACH:
-        dot = -REACH
-    p = np.int64(SQUASH[dot + REACH])
-    if p < 1:
-        p = 1
-    elif p > 65535:
-        p = 65535
-    bit = _code(bit, p, coder, buf, decode)
+    p = min(max(np.int64(SQUASH[min(max(total >> 16, -REACH), REACH) + REACH]), 1), 65535)
+    bit = code_bit(bit, p, coder, buf, decode)
     error = (bit << 16) - p
     for i in range(count):
         weights[wset, i] += (x[i] * error + (1 << (LEARN - 1))) >> LEARN
-        m = np.int64(maps[slots[i]])
-        n = m & 1023
-        pr = m >> 10
-        pr += ((bit << 22) - pr) * RATE[n] >> 16
-        if pr > (1 << 22) - 1:
-            pr = (1 << 22) - 1
-        elif pr < 1:
-            pr = 1
-        if n < COUNT_MAX:
-            n += 1
-        maps[slots[i]] = np.uint32(pr << 10 | n)
+        maps[slots[i]] = np.uint32(learned(np.int64(maps[slots[i]]), bit, RATE))
     return bit
 
 
@@ -196,17 +179,9 @@ def code_pass(q, rows, first, count, half, taps, starts, chances, logits, expect
                         break
                     n += 1
                 if n == UNARY:
-                    rest = u - UNARY + 1
-                    octave = 0
-                    if not decode:
-                        while rest >> (octave + 1):
-                            octave += 1
-                    j = 0
-                    while j < LARGEST and _code(1 if octave > j else 0, 32768, coder, buf, decode):
-                        j += 1
-                    n = (1 << j | _raw(rest, j, coder, buf, decode)) - 1 + UNARY
+                    n = code_tail(u - UNARY + 1, LARGEST, coder, buf, decode) - 1 + UNARY
                 if h_bits > 0:
-                    n = n << h_bits | _raw(m, h_bits, coder, buf, decode)
+                    n = n << h_bits | raw_bits(m, h_bits, coder, buf, decode)
                     if n:
                         negative = _code_sign(negative, own, r, k, c, row, half, tilt, steep, around, starts, maps,
                                               sign_weights, slots, x, coder, buf, decode)
@@ -318,7 +293,7 @@ class _Mixer:
     """What adapts while a tile is coded."""
 
     def __init__(self, start: Start, tables: Tables, h: int, w: int):
-        self.start, self.fixed = start, _chances(tables)
+        self.fixed = _chances(tables)
         channels = len(start.taps)
         self.places = np.concatenate([[0], np.cumsum(sizes_of(channels))]).astype(np.int64)
         self.taps = start.taps.astype(np.int64)
@@ -331,7 +306,7 @@ class _Mixer:
         channels = len(self.taps)
         self.q, self.rows = np.zeros((channels, h, w), np.int32), np.zeros((channels, h, w), np.uint8)
         self.seen, self.due = np.zeros((h, w), np.int64), np.zeros((h, w), np.int64)
-        self.coder = np.array([0, 0xFFFFFFFF, 0, 0], np.int64)
+        self.coder = binary.start()
 
     def take_rows(self, mine: slice, where: np.ndarray, rows: np.ndarray, coded: np.ndarray | None) -> None:
         flat = self.rows.reshape(len(self.rows), -1)
@@ -343,25 +318,16 @@ class _Mixer:
 
 
 def joined(z: bytes, y: bytes) -> bytes:
-    """A payload of both: the length of the first, seven bits a byte, low ones first; then the bytes."""
-    head, n = bytearray(), len(z)
-    while n >= 128:
-        head.append(n & 127 | 128)
-        n >>= 7
-    return bytes([*head, n]) + z + y
+    """A payload of both: the length of the first, then the bytes."""
+    return varint(len(z)) + z + y
 
 
 def parted(payload: bytes) -> tuple[bytes, bytes]:
     """Inverse of ``joined``. CorruptStream."""
-    n = shift = at = 0
-    while at < min(len(payload), 5):
-        n |= (payload[at] & 127) << shift
-        shift, at = shift + 7, at + 1
-        if payload[at - 1] < 128 and n <= len(payload) - at:
-            return payload[at : at + n], payload[at + n :]
-        if payload[at - 1] < 128:
-            break
-    raise CorruptStream("entropy payload: it ends early")
+    n, at = read_varint(payload, 0, "entropy payload")
+    if n > len(payload) - at:
+        raise CorruptStream("entropy payload: it ends early")
+    return payload[at : at + n], payload[at + n :]
 
 
 WORST = 40  # bytes that a symbol may take
@@ -386,13 +352,8 @@ class MixedEncoder:
     def finish(self) -> bytes:
         """The payload."""
         coder = self.mixer.coder
-        _raw(SENTINEL, 8, coder, self.buf, False)
-        low, high, at = int(coder[0]), int(coder[1]), int(coder[3])
-        for n in range(1, 5):  # the shortest end that, followed by zeros, lies in the interval
-            value = high >> (32 - 8 * n) << (32 - 8 * n)
-            if value >= low:
-                return self.buf[:at].tobytes() + value.to_bytes(4, "big")[:n]
-        raise AssertionError("the interval of the coder is empty")
+        raw_bits(SENTINEL, 8, coder, self.buf, False)
+        return self.buf[: coder[3]].tobytes() + binary.ending(coder)
 
 
 class MixedDecoder:
@@ -400,7 +361,7 @@ class MixedDecoder:
 
     def __init__(self, payload: bytes, start: Start, tables: Tables, h: int, w: int):
         self.mixer, self.buf = _Mixer(start, tables, h, w), np.frombuffer(payload, np.uint8).copy()
-        self.mixer.coder[2:] = int.from_bytes(payload[:4].ljust(4, b"\0"), "big"), 4
+        self.mixer.coder = binary.start(payload)
 
     def get(self, mine: slice, where: np.ndarray, rows: np.ndarray, coded: np.ndarray | None = None) -> np.ndarray:
         """Symbols (c, n) int32; zero where nothing is coded. CorruptStream where the payload ended long before."""
@@ -414,7 +375,8 @@ class MixedDecoder:
     def finish(self) -> None:
         """CorruptStream unless exactly everything was read."""
         coder = self.mixer.coder
-        if _raw(0, 8, coder, self.buf, True) != SENTINEL or not len(self.buf) <= coder[3] <= len(self.buf) + 4:
+        sound = raw_bits(0, 8, coder, self.buf, True) == SENTINEL
+        if not sound or self.buf[coder[3] - 4 :].tobytes() != binary.ending(coder):
             raise CorruptStream("entropy payload: data left over or missing at the end")
 
 

@@ -3,6 +3,8 @@
 Two tables. Fields normalised by ERA5's statistics, as CRA5 takes them: bits per value at a mean squared error, the mean over
 channels (a variable at a level), beside the published curves. And every variable coded with the very error that CRA5 publishes
 for it, level by level. Published figures are means over 268 channels of ERA5 at 0.25 degree, other fields than those at hand.
+With ``-m vaeformer:PRESET`` a third: what that network takes, with references and field by field, beside us without a network
+and JPEG 2000 at the error that it makes.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ TARGETS = (0.02, 0.01, 0.005, 0.002, 0.001, 0.0005)
 """Mean squared errors of normalised fields."""
 RIVALS = ("jpeg2000", *PEERS[:2])
 _FINER = (0.5, 1 / 8, 1 / 32, 1 / 128, 1 / 512)  # settings of the peers: bounds over the range
+NETWORK_QUALITIES = (10, 40, 70)
 _DECIBEL = (20, 27, 34, 41, 48, 55, 62, 70)
 
 
@@ -79,9 +82,29 @@ def ours_at(planes: np.ndarray, mse: float) -> float:
     return len(payload) * 8 / planes.size
 
 
-def measure(paths: Sequence[Path], targets: Sequence[float] = TARGETS) -> dict[str, Any]:
-    """``at_mse``: rows (file, variable, planes, mse, bits per value of each codec); ``at_cra5``: rows at CRA5's own errors."""
-    at_mse, at_cra5 = [], []
+def _with_network(field: Field, model: str, mean: np.ndarray, std: np.ndarray,
+                  jpeg2000: list[tuple[float, float]]) -> list[dict[str, Any]]:  # fmt: skip
+    """Rows (quality, mse, bits per value) of a field whose planes have these statistics, those that have any."""
+    from ..codecs.grid_neural import load
+
+    codec, known = load(model), np.isfinite(mean + std)
+    values, planes = field.values[known], _scaled(field.values, mean, std)
+    what = [Plane(field.name, p) for p, k in zip(field.pressures or (0,) * len(known), known) if k]
+    rows = []
+    for quality in NETWORK_QUALITIES:
+        payload, base = codec.encode_fields(values, what, field.latitude, 10 * quality)
+        alone = codec.encode_fields(values, what, field.latitude, 10 * quality, [-1] * len(what))[0]
+        mse = float(np.square(_scaled(base, mean[known], std[known]).astype(np.float64) - planes).mean())
+        bits = {model: len(payload) * 8 / values.size, "field by field": len(alone) * 8 / values.size,
+                "ours": ours_at(planes, mse), "jpeg2000": _at(jpeg2000, mse)}  # fmt: skip
+        rows.append({"planes": len(planes), "quality": quality, "mse": mse, "bits_per_value": bits})
+    return rows
+
+
+def measure(paths: Sequence[Path], targets: Sequence[float] = TARGETS, network: str = "") -> dict[str, Any]:
+    """``at_mse``: rows (file, variable, planes, mse, bits per value of each codec); ``at_cra5``: rows at CRA5's own errors;
+    ``at_network``: rows at the errors of a ``network``."""
+    at_mse, at_cra5, at_network = [], [], []
     for path in paths:
         for name in fields_of(path):
             field = KINDS["grid"].read(Item(path, name))
@@ -92,12 +115,14 @@ def measure(paths: Sequence[Path], targets: Sequence[float] = TARGETS) -> dict[s
                 for mse in targets:
                     bits = {"ours": ours_at(planes, mse)} | {rival: _at(points, mse) for rival, points in curves.items()}
                     at_mse.append(about | {"planes": len(planes), "mse": mse, "bits_per_value": bits})
+                if network:
+                    at_network += [about | row for row in _with_network(field, network, mean, std, curves["jpeg2000"])]
             errors = _of_levels(published()["rmse"], field, None)
             if len(planes := _scaled(field.values, 0 * errors, errors)):
                 at_cra5.append(about | {"planes": len(planes), "bits_per_value": ours_at(planes, 1.0)})
     if not at_mse and not at_cra5:
         raise UsageError("none of the files has a variable, at levels with pressures, that CRA5 has too")
-    return {"at_mse": at_mse, "at_cra5": at_cra5, "published": published()["curves"]}
+    return {"at_mse": at_mse, "at_cra5": at_cra5, "at_network": at_network, "published": published()["curves"]}
 
 
 def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -134,7 +159,7 @@ def chart(result: dict[str, Any], target: Path) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """The tables, or all figures as JSON; ``--plot`` draws them."""
-    result = measure([Path(file) for file in args.files])
+    result = measure([Path(file) for file in args.files], network=args.model or "")
     if args.plot:
         chart(result, Path(args.plot))
     if args.json:
@@ -158,4 +183,12 @@ def main(args: argparse.Namespace) -> int:
         for r in result["at_cra5"]:
             label = f"{r['file'][:44]}, {r['variable']}"
             print(f"{label:<52}{r['planes']:>4} planes{r['bits_per_value']:>10.4f} bits per value")
+    if result["at_network"]:
+        codecs = list(result["at_network"][0]["bits_per_value"])
+        print(f"\nbits per value at the mean squared error that {args.model} makes")
+        print(f"{'file, variable, planes, quality':<62}{'error':>9}" + "".join(f"{c:>17}" for c in codecs))
+        for r in result["at_network"]:
+            cells = [r["bits_per_value"][c] for c in codecs]
+            label = f"{r['file'][:40]}, {r['variable']}, {r['planes']}, {r['quality']}"
+            print(f"{label:<62}{r['mse']:>9.2g}" + "".join(f"{'-' if b is None else format(b, '.4f'):>17}" for b in cells))
     return 0

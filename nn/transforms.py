@@ -62,6 +62,20 @@ class PatchSynthesis(nn.Module):
         return self.at4(self.at8(self.level(self.at16(y_hat), level))) + 0.5
 
 
+def deepened(codec: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` of a codec of these transforms without blocks at H/16, by the names of ``codec``, whose blocks there rest.
+
+    As it is for any other state or codec.
+    """
+    synthesis = getattr(codec, "g_s", None)
+    blocks = len(synthesis.at16) - 1 if isinstance(synthesis, PatchSynthesis) else 0
+    if blocks < 1 or "g_s.at16.0.0.weight" not in state:
+        return state
+    for block in (*codec.g_a.at16, *synthesis.at16[:blocks]):
+        block.rest()
+    return {k.replace("g_s.at16.0.", f"g_s.at16.{blocks}."): v for k, v in state.items()}
+
+
 def patch_margins(encoder: tuple[int, int, int], decoder: tuple[int, int, int], reach: int = 2) -> tuple[int, int]:
     """(pixels, cells) that the two transforms see beyond a tile. ``reach``: of a block, in samples to every side."""
     (e4, e8, e16), (d4, d8, d16) = encoder, decoder

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from neuralcodec.container.errors import CodecError
 
 
 def cuts(data: bytes) -> Iterator[tuple[str, bytes]]:
@@ -46,3 +50,21 @@ def mutations(data: bytes, other: bytes, n: int, seed: int = 0) -> Iterator[tupl
         if bytes(copy) != data:
             made += 1
             yield f"{kind} at {at} (number {made})", bytes(copy)
+
+
+def assert_refused(decode: Callable[[bytes], Any], data: bytes, other: bytes, n: int = 300) -> None:
+    """Every cut and ``n`` mutations of ``data`` end in a typed error."""
+    for how, bad in (*cuts(data), *mutations(data, other, n)):
+        with pytest.raises(CodecError):
+            decode(bad)
+            pytest.fail(how)
+
+
+def forged(body: bytes, seal: Callable[[bytes], bytes], n: int, seed: int = 0) -> Iterator[bytes]:
+    """``n`` copies of a body with one to three bytes changed, under the checksum that ``seal`` gives."""
+    rng = random.Random(seed)
+    for _ in range(n):
+        copy = bytearray(body)
+        for _ in range(rng.randrange(1, 4)):
+            copy[rng.randrange(len(copy))] = rng.randrange(256)
+        yield bytes(copy) + seal(bytes(copy))

@@ -112,7 +112,7 @@ class ReferenceMixed:
         for i, cell in enumerate(cells):
             weights[i] += (x[i] * error + 8192) // 16384
             cell[0] += (2**22 * bit - cell[0]) * (131072 // (2 * cell[1] + 3)) // 65536
-            cell[:] = min(max(cell[0], 1), 2**22 - 1), min(cell[1] + 1, 1023)
+            cell[:] = min(cell[0], 2**22 - 1), min(cell[1] + 1, 1023)
         return bit
 
     def ratio(self, num: int, den: int, least: int) -> int:
@@ -191,7 +191,9 @@ class ReferenceMixed:
         self.due[i][j] += self.expected[row]
 
     def at_end(self) -> bool:
-        return self.raw(8) == 0xA5 and len(self.data) <= self.at <= len(self.data) + 4
+        sound, end = self.raw(8) == 0xA5, self.data[self.at - 4 :]
+        tops = [self.high.to_bytes(4, "big")[:n] for n in range(1, 5)]
+        return sound and end == next(t for t in tops if int.from_bytes(t.ljust(4, b"\0"), "big") >= self.low)
 
 
 class ReferenceLatent:

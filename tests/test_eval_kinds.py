@@ -320,6 +320,14 @@ def test_beside_cra5(tmp_path, capsys):
     (row,) = result["at_cra5"]
     assert row["planes"] == 2  # of 175 hPa no error is published
     assert result["published"]["VAEformer"][0] == [0.062, 0.0164]
+    assert result["at_network"] == []
+    assert main(["bench", "grid", str(path), "--cra5", "-m", "vaeformer:test", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["at_network"]
+    assert [r["quality"] for r in rows] == [10, 40, 70] and all(r["planes"] == 3 for r in rows)
+    assert rows[0]["mse"] > rows[1]["mse"] > rows[2]["mse"]
+    for bits in (r["bits_per_value"] for r in rows):
+        assert set(bits) == {"vaeformer:test", "field by field", "ours", "jpeg2000"}
+        assert bits["ours"] > 0 and bits["vaeformer:test"] != bits["field by field"]
     assert main(["bench", "grid", str(path), "--cra5"]) == 0
     assert "VAEformer" in capsys.readouterr().out
     bare = tmp_path / "bare.nc"

@@ -30,7 +30,7 @@ from ..codecs import registry
 from ..codecs.base import LEVELS
 from ..codecs.vaeformer import GRAVITY, VARIABLES, Plane, VAEformer, facts_of, normalisation, of_plane, statistics
 from ..entropy.exact import ACT_FRAC
-from .freeze import freeze_codec, write_weights
+from .freeze import freeze_codec
 from .optim import optimisers
 
 if TYPE_CHECKING:
@@ -299,13 +299,6 @@ def fit_mixing(codec: VAEformer, stacks: list[Stack], seed: int = 0, fields: int
 
     rng, sampler, latent = np.random.default_rng(seed), Sampler(stacks, seed, codec.config.stride), codec.latent
     tiles: list[Tile] = []
-    compress = latent.compress
-
-    def listen(y: Tensor, z: Tensor, level: int) -> tuple[bytes, Tensor]:
-        tiles.append(observe(latent, y, z, level))
-        return compress(y, z, level)
-
-    latent.compress = listen  # type: ignore[method-assign]
     for n in range(fields // 2):
         stack, chosen = sampler.pair()
         finer = int(rng.choice(FINER))
@@ -314,8 +307,8 @@ def fit_mixing(codec: VAEformer, stacks: list[Stack], seed: int = 0, fields: int
         known = [of_plane(statistics(), plane) or {"mean": 0.0, "std": 1.0} for plane in planes]
         x = np.stack([v * k["std"] + k["mean"] for v, k in zip(values.numpy(), known)])
         latitude = np.repeat(90 * facts[0, len(VARIABLES), :, 0].numpy(), codec.config.stride)
-        codec.encode_fields(x, planes, latitude, int((n + rng.random()) * 2 * LEVELS / fields))
-    del latent.compress
+        at = int((n + rng.random()) * 2 * LEVELS / fields)
+        codec.encode_fields(x, planes, latitude, at, trace=lambda y, z, at=at: tiles.append(observe(latent, y, z, at)))
     tiles = [tiles[i] for i in rng.permutation(len(tiles))]
     return {"fields": len(tiles), "y_bytes_over_tables": fit(latent, tiles)}
 
@@ -345,9 +338,8 @@ def main(argv: list[str] | None = None) -> int:
         steps = torch.load(args.out / "last.pt", weights_only=True)["step"]
         seen = sum(int(stack.usable.sum()) for stack in fields)
         training = {"steps": steps, "hours": round(args.minutes / 60, 3), "fields": seen, "recipe": asdict(recipe)}
-        card = freeze_codec(trained, args.weights, training | ({"note": args.note} if args.note else {}))
-        card["training"]["mixing"] = fit_mixing(trained, fields)
-        write_weights(trained, args.weights, card)
+        training |= {"note": args.note} if args.note else {}
+        freeze_codec(trained, args.weights, training, lambda codec: fit_mixing(codec, fields))
     return 0
 
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,12 @@ def write_card(path: Path, card: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def freeze_codec(codec: Codec, folder: Path, training: dict[str, Any]) -> dict[str, Any]:
-    """Write ``codec``, trained, as a weights file and card into ``folder``; the card."""
+def freeze_codec(codec: Codec, folder: Path, training: dict[str, Any],
+                 mixing: Callable[[Any], dict[str, Any]] | None = None) -> dict[str, Any]:  # fmt: skip
+    """Write ``codec``, trained, as a weights file and card into ``folder``; the card.
+
+    ``mixing``: gives the frozen codec its context mixing, and says what ``training`` on the card should hold of that.
+    """
     card: dict[str, Any] = {
         "codec": codec.name,
         "preset": codec.preset,
@@ -42,19 +48,22 @@ def freeze_codec(codec: Codec, folder: Path, training: dict[str, Any]) -> dict[s
         "parameters": count_parameters(codec),
         "kmac_per_pixel": codec.kmac_per_pixel(),
     }
+    freeze(codec.cpu().eval())
+    if mixing is not None:
+        training = training | {"mixing": mixing(codec)}
     return write_weights(codec, folder, card | {"training": training})
 
 
 def write_weights(codec: Codec, folder: Path, card: dict[str, Any]) -> dict[str, Any]:
-    """Write the weights file of ``codec``, and this card with its id and size and without measurements; the card."""
+    """Write the weights file of a frozen ``codec``, and this card with its id and size and without measurements; the card."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{codec.name}-{codec.preset}.safetensors"
     partial = path.with_suffix(".partial")
-    model_id = save_weights(codec.cpu().eval(), partial).hex()
+    model_id = save_weights(codec, partial).hex()
     os.chmod(partial, 0o644)  # safetensors writes private files
     os.replace(partial, path)
-    training = card.pop("training")
-    card |= {"model_id": model_id, "bytes": path.stat().st_size, "training": training, "measured": {}}
+    fresh = {"model_id": model_id, "bytes": path.stat().st_size, "training": card["training"], "measured": {}}
+    card = {k: v for k, v in card.items() if k not in fresh} | fresh
     write_card(path.with_suffix(".json"), card)
     return card
 
@@ -105,12 +114,12 @@ def freeze_checkpoint(checkpoint: Path, model: str, folder: Path, note: str = ""
     if note:
         training["note"] = note
     cost = freezing_cost(codec, _pictures(check)) if check else {}
-    card = freeze_codec(codec, folder, training)
+    fit = None
     if mixing:
         from .mixing import fit_mixing
 
-        training["mixing"] = fit_mixing(codec, mixing)
-        card = write_weights(codec, folder, card)
+        fit = partial(fit_mixing, pictures=mixing)
+    card = freeze_codec(codec, folder, training, fit)
     if cost:
         card["measured"]["freezing"] = {k: round(v, 6) for k, v in cost.items()} | {"pictures": check.name}
         write_card(folder / f"{name}-{preset}.json", card)

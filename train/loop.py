@@ -30,6 +30,7 @@ from torch import Tensor
 from ..codecs import registry
 from ..codecs.base import LEVELS, ImageCodec
 from ..eval.metrics import MS_SSIM_WEIGHTS, WINDOW, ms_ssim_tensor
+from ..nn.transforms import deepened
 from .data import Crops, load_folder
 from .files import read_recipe, save
 from .klt import start_at_klt
@@ -141,17 +142,6 @@ def validate(codec: ImageCodec, pictures: Tensor, levels: tuple[int, ...] = (100
     torch.set_rng_state(generator_state)
     codec.train()
     return rows
-
-
-def deepened(codec: torch.nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` of a codec without blocks at H/16, by the names of ``codec``, whose blocks there rest; else as it is."""
-    synthesis = getattr(getattr(codec, "g_s", None), "at16", [])
-    blocks = len(synthesis) - 1
-    if blocks < 1 or "g_s.at16.0.0.weight" not in state or not isinstance(codec.g_a.at16, torch.nn.Sequential):
-        return state
-    for block in (*codec.g_a.at16, *synthesis[:blocks]):
-        block.rest()
-    return {k.replace("g_s.at16.0.", f"g_s.at16.{blocks}."): v for k, v in state.items()}
 
 
 def transfer(codec: torch.nn.Module, state: dict[str, Tensor]) -> str:

@@ -69,10 +69,11 @@ def fit_taps(tiles: list[Tile]) -> np.ndarray:
 
 
 @torch.no_grad()
-def fit_mixing(codec: LatentCodec, pictures: list[Tensor], seed: int = 0) -> dict[str, Any]:
-    """Give a frozen codec of pictures its context mixing. ``pictures``: (3, h, w) uint8. What the card should say of it."""
+def fit_mixing(codec: LatentCodec, pictures: list[Tensor], count: int = PICTURES, seed: int = 0) -> dict[str, Any]:
+    """Give a frozen codec of pictures its context mixing, from ``count`` of ``pictures``, (3, h, w) uint8. What the card
+    should say of it."""
     rng = np.random.default_rng(seed)
-    chosen = rng.permutation(len(pictures))[:PICTURES]
+    chosen = rng.permutation(len(pictures))[:count]
     tiles = []
     for number in chosen:
         h, w = (min(n, SIDE) // 64 * 64 for n in pictures[number].shape[1:])
@@ -102,6 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("codec", help="codec and preset whose weights file is there")
     parser.add_argument("--data", type=Path, required=True, help="folder of training pictures")
     parser.add_argument("--cache", type=Path, help=".npz file that keeps the decoded pictures")
+    parser.add_argument("--pictures", type=int, default=PICTURES, help="how many of them (default %(default)s)")
     parser.add_argument("--weights", type=Path, default=Path("weights"), help="folder of the weights file and its card, both "
                         "of which are written anew")  # fmt: skip
     args = parser.parse_args(argv)
@@ -113,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     load_weights(codec, path)
     codec.latent.mixing = None
     card = json.loads(path.with_suffix(".json").read_text())
-    about = fit_mixing(codec, training_pictures(args.data, args.cache))
+    about = fit_mixing(codec, training_pictures(args.data, args.cache), args.pictures)
     card = write_weights(codec, args.weights, card | {"training": card["training"] | {"mixing": about}})
     print(json.dumps({k: card[k] for k in ("codec", "preset", "model_id", "bytes")} | about))
     return 0

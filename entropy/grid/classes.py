@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .kernels import COUNT_LIMIT, RATE, _code
+from ..binary import code_bit, learned, start
+from .kernels import RATE
 
 CLASSES = 7
 _CONTEXTS = CLASSES**4 * (CLASSES + 1)
@@ -30,10 +31,8 @@ def _code_planes(planes, chances, coder, buf, decode):
                 k = 0
                 while k < CLASSES - 1:
                     m = chances[row, k]
-                    bit = _code(1 if value > k else 0, min(max(m >> 16, 1), 65535), coder, buf, decode)
-                    pr, c = m >> 10, m & 1023
-                    pr = min(pr + (((bit << 22) - pr) * RATE[c] >> 16), (1 << 22) - 1)
-                    chances[row, k] = pr << 10 | min(c + 1, COUNT_LIMIT)
+                    bit = code_bit(1 if value > k else 0, min(max(m >> 16, 1), 65535), coder, buf, decode)
+                    chances[row, k] = learned(m, bit, RATE)
                     if not bit:
                         break
                     k += 1
@@ -42,9 +41,7 @@ def _code_planes(planes, chances, coder, buf, decode):
 
 
 def _run(planes: np.ndarray, buf: np.ndarray, decode: bool) -> int:
-    coder = np.array([0, 0xFFFFFFFF, 0, 0], np.int64)
-    if decode:
-        coder[2:] = int.from_bytes(bytes(buf[:4]).ljust(4, b"\0"), "big"), 4
+    coder = start(buf if decode else None)
     chances = np.full((_CONTEXTS, CLASSES - 1), 1 << 31, np.int64)
     if not _code_planes(planes, chances, coder, buf, decode):
         return -1

@@ -13,6 +13,8 @@ import google_crc32c
 import numpy as np
 
 from ...container.errors import CorruptStream, LimitExceeded
+from ...container.format import varint
+from .. import binary
 from . import kernels
 from .classes import decode_classes, encode_classes
 from .prior import PRIOR
@@ -68,14 +70,6 @@ class Bound:
             raise ValueError("a relative bound must be below 1")
 
 
-def _varint(n: int) -> bytes:
-    out = bytearray()
-    while n >= 128:
-        out.append(n & 127 | 128)
-        n >>= 7
-    return bytes([*out, n])
-
-
 class _Reader:
     """Takes a payload apart. CorruptStream where it ends early."""
 
@@ -104,7 +98,7 @@ class _Reader:
 
 
 def _block(data: bytes) -> bytes:
-    return _varint(len(data)) + data
+    return varint(len(data)) + data
 
 
 def _inflate(data: bytes, size: int) -> bytes:
@@ -146,12 +140,12 @@ class _Plan:
     def header(self) -> bytes:
         flags = self.periodic | self.narrow << 1 | self.nan_bits << 2 | self.based << 3
         head = _HEAD.pack(self.version, DTYPES.index(self.dtype), self.mode, self.kind, flags, self.pace << 4 | self.slope)
-        head += bytes([len(self.shape)]) + b"".join(map(_varint, self.shape)) + struct.pack("<d", self.bound)
+        head += bytes([len(self.shape)]) + b"".join(map(varint, self.shape)) + struct.pack("<d", self.bound)
         if self.mode == STORED:
             return head
         if self.mode == TRANSFORMED:
-            return head + _varint(self.times) + _varint(self.group) + struct.pack("<dd", self.scale.delta, self.scale.offset)
-        head += _varint(self.group) + bytes([self.bands]) + _varint(self.step)
+            return head + varint(self.times) + varint(self.group) + struct.pack("<dd", self.scale.delta, self.scale.offset)
+        head += varint(self.group) + bytes([self.bands]) + varint(self.step)
         head += struct.pack("<qq", *self.limits)
         return head + (self.scale.to_bytes() if self.mode == BOUNDED else b"")
 
@@ -173,6 +167,8 @@ class _Plan:
                    version=version)  # fmt: skip
         if mode == STORED:
             return plan
+        if not plan.values:
+            raise CorruptStream("field payload: nothing is coded that way")
         if mode == TRANSFORMED:
             plan.times, plan.group = reader.varint(), reader.varint()
             plan.scale = PlainScale(*struct.unpack("<dd", reader.take(16)))
@@ -254,10 +250,7 @@ def _run(plan: _Plan, planes: np.ndarray, based: bool, times: int, mask: np.ndar
          inverse: float, buf: np.ndarray, decode: bool) -> int:  # fmt: skip
     """Code or decode the planes of one part; bytes used, or -1 when ``buf`` was too short."""
     count = len(planes) // (2 if based else 1)
-    coder = np.array([0, 0xFFFFFFFF, 0, 0], np.int64)
-    if decode:
-        head = bytes(buf[:4]).ljust(4, b"\0")
-        coder[2:] = int.from_bytes(head, "big"), 4
+    coder = binary.start(buf if decode else None)
     refs = _references(times, count // times, based)
     pace = np.array(PACES[plan.pace])
     fine = kernels.code_planes(
@@ -269,13 +262,9 @@ def _run(plan: _Plan, planes: np.ndarray, based: bool, times: int, mask: np.ndar
         return -1
     if decode:
         return int(coder[3])
-    low, high, at = int(coder[0]), int(coder[1]), int(coder[3])
-    for n in range(1, 5):  # the shortest end that, followed by zeros, lies in the interval
-        value = high >> (32 - 8 * n) << (32 - 8 * n)
-        if value >= low:
-            buf[at : at + n] = np.frombuffer(value.to_bytes(4, "big")[:n], np.uint8)
-            return at + n
-    raise AssertionError("the interval of the coder is empty")
+    at, end = int(coder[3]), binary.ending(coder)
+    buf[at : at + len(end)] = np.frombuffer(end, np.uint8)
+    return at + len(end)
 
 
 def _each(work: Callable[[int], Any], count: int, threads: int) -> Iterable[Any]:
@@ -452,11 +441,11 @@ def _same(y: np.ndarray, x: np.ndarray, nan_payloads: bool) -> bool:
 def _outliers(x: np.ndarray, positions: np.ndarray) -> bytes:
     """Cells (flat positions, ascending) that are stored as they are."""
     if not len(positions):
-        return _varint(0)
-    gaps = b"".join(map(_varint, np.diff(positions, prepend=0).tolist()))
+        return varint(0)
+    gaps = b"".join(map(varint, np.diff(positions, prepend=0).tolist()))
     values = x.reshape(-1)[positions]
     raw = values.view(np.uint8).reshape(-1, x.itemsize).T.tobytes()
-    return _varint(len(positions)) + _block(zlib.compress(gaps, 9)) + _block(zlib.compress(raw, 9))
+    return varint(len(positions)) + _block(zlib.compress(gaps, 9)) + _block(zlib.compress(raw, 9))
 
 
 def _half_ulp(x: np.ndarray) -> np.ndarray:

@@ -2,60 +2,15 @@
 
 from __future__ import annotations
 
-from decimal import Decimal, localcontext
-
 import numpy as np
 from numba import njit
 
-# ---- tables of the logistic domain, the same on every machine: decimals and integers, no libm ----------------------
+from ..binary import REACH, SQUASH, STRETCH, code_bit, code_tail, learned, raw_bits
 
-REACH = 3071  # of logits, in 1/256
-
-
-def _squash_table() -> np.ndarray:
-    """65536 / (1 + exp(-x / 256)) for x = -REACH..REACH."""
-    with localcontext() as context:
-        context.prec = 40
-        step, power, upper = (Decimal(-1) / 256).exp(), Decimal(1), []
-        for _ in range(REACH + 1):
-            upper.append(min(65535, int((65536 / (1 + power)).to_integral_value())))
-            power *= step
-    return np.array([65536 - p for p in upper[:0:-1]] + upper, np.int32)
-
-
-SQUASH = _squash_table()
-# logit of (i + 1/2) / 16384: the x whose squash is nearest from below
-STRETCH = (np.searchsorted(SQUASH, np.arange(16384) * 4 + 2, side="right") - 1 - REACH).clip(-REACH, REACH).astype(np.int16)
 COUNT_LIMIT = 255
 RATE = np.array([65536 // (n + 2) if n < 2 else int(65536 / (n + 1.5)) for n in range(COUNT_LIMIT + 1)], np.int32)
 LEARN = 16  # the mixer's rate, a shift
 INPUTS = 5  # contexts of a decision; the mixer has one more input, a constant
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _code(bit, p, coder, buf, decode):
-    """One bit whose probability of being 1 is p / 65536, 1 <= p <= 65535. coder: int64 low, high, code word, position."""
-    low, high = coder[0], coder[1]
-    span = high - low
-    middle = low + (span >> 16) * p + (((span & 0xFFFF) * p) >> 16)
-    if decode:
-        bit = 1 if coder[2] <= middle else 0
-    if bit:
-        high = middle
-    else:
-        low = middle + 1
-    while (low ^ high) & 0xFF000000 == 0:
-        at = coder[3]
-        if decode:
-            byte = np.int64(buf[at]) if at < len(buf) else 0
-            coder[2] = ((coder[2] << 8) & 0xFFFFFFFF) | byte
-        else:
-            buf[at] = high >> 24
-        coder[3] = at + 1
-        low = (low << 8) & 0xFFFFFFFF
-        high = ((high << 8) & 0xFFFFFFFF) | 255
-    coder[0], coder[1] = low, high
-    return bit
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -85,21 +40,13 @@ def _mixed(bit, slots, maps, weights, wset, apm, apm_row, x, coder, buf, decode)
         q = 1
     elif q > 65535:
         q = 65535
-    bit = _code(bit, q, coder, buf, decode)
+    bit = code_bit(bit, q, coder, buf, decode)
     near = j + 1 if part >= 96 else j
     apm[apm_row, near] += ((bit << 16) - apm[apm_row, near]) >> 6
     error = (bit << 16) - p
     for i in range(INPUTS):
         weights[wset, i] += (x[i] * error + (1 << (LEARN - 1))) >> LEARN
-        m = np.int64(maps[slots[i]])
-        n = m & 1023
-        pr = m >> 10
-        pr += (((bit << 22) - pr) * RATE[n]) >> 16
-        if pr > (1 << 22) - 1:
-            pr = (1 << 22) - 1
-        if n < COUNT_LIMIT:
-            n += 1
-        maps[slots[i]] = np.uint32((pr << 10) | n)
+        maps[slots[i]] = np.uint32(learned(np.int64(maps[slots[i]]), bit, RATE))
     weights[wset, INPUTS] += (256 * error + (1 << (LEARN - 1))) >> LEARN
     return bit
 
@@ -213,15 +160,6 @@ def _mag8(k):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _raw(value, bits, coder, buf, decode):
-    """``bits`` equiprobable bits, high ones first."""
-    out = 0
-    for i in range(bits - 1, -1, -1):
-        out = out << 1 | _code(value >> i & 1, 32768, coder, buf, decode)
-    return out
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
 def _code_residual(k, h, nonzero, slots, wset, arow, maps, weights, apm, x, coder, buf, decode):
     """k, a signed integer; h low bits of its magnitude are nearly uniform. Slots are those of decision 0."""
     size = abs(k)
@@ -239,22 +177,13 @@ def _code_residual(k, h, nonzero, slots, wset, arow, maps, weights, apm, x, code
         n += 1
         for i in range(INPUTS):
             slots[i] += 1
-    if n == UNARY:  # Exp-Golomb of what is beyond
-        rest = u - UNARY + 1
-        octave = 0
-        if not decode:
-            while rest >> (octave + 1):
-                octave += 1
-        j = 0
-        while j < 40 and _code(1 if octave > j else 0, 32768, coder, buf, decode):
-            j += 1
-        rest = (1 << j) | _raw(rest, j, coder, buf, decode)
-        u = rest - 1 + UNARY
+    if n == UNARY:  # whatever is beyond
+        u = code_tail(u - UNARY + 1, 40, coder, buf, decode) - 1 + UNARY
     else:
         u = n
     low = 0
     if h > 0:
-        low = _raw(size, h, coder, buf, decode)
+        low = raw_bits(size, h, coder, buf, decode)
     size = u << h | low
     if size:
         for i in range(INPUTS):
@@ -428,13 +357,9 @@ def code_planes(target, offset, inverse, rounding, mask, planes, start, sizes, r
                             if pr < QUIET:  # of 22 bits
                                 calm = True
                             chance = max(pr >> 6, 1)
-                            cnt = quiet[row] & 1023
                         if calm:
-                            hit = _code(1 if k != 0 else 0, chance, coder, buf, decode)
-                            pr += ((hit << 22) - pr) * RATE[cnt] >> 16
-                            if cnt < COUNT_LIMIT:
-                                cnt += 1
-                            quiet[row] = pr << 10 | cnt
+                            hit = code_bit(1 if k != 0 else 0, chance, coder, buf, decode)
+                            quiet[row] = learned(quiet[row], hit, RATE)
                         else:
                             hit = 1
                         if hit:
@@ -465,10 +390,7 @@ def code_planes(target, offset, inverse, rounding, mask, planes, start, sizes, r
                             slots[4] = STARTS[4] + (((min(ref1, 7) * 8 + min(ref2, 7)) * 4 + min(a, 3)) * 2 + down) * DECISIONS
                             k = _code_residual(k, h, calm, slots, stage, near_class, maps, weights, apm, x, coder, buf, decode)
                             if quiet_here and not calm:
-                                pr += (((k != 0) << 22) - pr) * RATE[cnt] >> 16
-                                if cnt < COUNT_LIMIT:
-                                    cnt += 1
-                                quiet[row] = pr << 10 | cnt
+                                quiet[row] = learned(quiet[row], 1 if k else 0, RATE)
                         else:
                             k = 0
                         value = guess + k * step

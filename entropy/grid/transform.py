@@ -17,8 +17,9 @@ from functools import lru_cache
 import numpy as np
 
 from ...container.errors import CorruptStream
+from .. import binary
+from ..binary import SQUASH
 from . import transform_kernels as k
-from .kernels import SQUASH
 
 PLAIN, COSINE, WAVELET, LEARNT = range(4)  # bases; times 8, plus log2 of 1 / (step of correlations), 0 where there are none
 FINEST = 7
@@ -60,7 +61,7 @@ def _first_maps() -> np.ndarray:
     def row(fine: int) -> np.ndarray:
         j, part = divmod(fine, 3)
         logits = (_PRIOR[j] * (6 - 2 * part - 1) + _PRIOR[j + 1] * (2 * part + 1)) // 6
-        chances = SQUASH[logits.clip(-k.REACH, k.REACH) + k.REACH].astype(np.int64) << 16 | _SURE
+        chances = SQUASH[logits.clip(-binary.REACH, binary.REACH) + binary.REACH].astype(np.int64) << 16 | _SURE
         return np.concatenate([chances, np.repeat(chances[-1:], k.UNARY - 8)]).astype(np.uint32)
 
     fine = maps[k.STARTS[0] : k.STARTS[1]].reshape(k.FINE, k.UNARY)
@@ -75,9 +76,7 @@ class _Stream:
 
     def __init__(self, buf: np.ndarray, decode: bool):
         self.buf, self.decode = buf, decode
-        self.coder = np.array([0, 0xFFFFFFFF, 0, 0], np.int64)
-        if decode:
-            self.coder[2:] = int.from_bytes(bytes(buf[:4]).ljust(4, b"\0"), "big"), 4
+        self.coder = binary.start(buf if decode else None)
         self.maps = _first_maps().copy()
         self.weights = np.full(((k.KINDS + k.LIKELY) * k.UNARY, k.INPUTS + 1), 14000, np.int64)
         self.weights[:, -1] = 0
@@ -116,13 +115,7 @@ class _Stream:
         return int(self.numbers(np.array([value]), row)[0])
 
     def finish(self) -> bytes:
-        """The fewest bytes that, followed by zeros, lie in the interval."""
-        low, high, at = (int(self.coder[i]) for i in (0, 1, 3))
-        for n in range(1, 5):
-            value = high >> (32 - 8 * n) << (32 - 8 * n)
-            if value >= low:
-                return self.buf[:at].tobytes() + value.to_bytes(4, "big")[:n]
-        raise AssertionError("the interval of the coder is empty")
+        return self.buf[: self.coder[3]].tobytes() + binary.ending(self.coder)
 
 
 # ---- bases -----------------------------------------------------------------------------------------------------------------

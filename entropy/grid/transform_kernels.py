@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .kernels import RATE, REACH, SQUASH, STRETCH, _code, _raw
+from ..binary import REACH, SQUASH, STRETCH, code_bit, code_tail, learned, raw_bits
+from .kernels import COUNT_LIMIT, RATE
 
 FRACTION = 8  # bits below a step in decoded coefficients and planes
 UNIT = 16  # bits of fraction of a basis
@@ -19,7 +20,6 @@ MARGIN = 2  # of zeros around magnitudes; three to the right and below
 INPUTS = 6
 UNARY = 14  # mixed decisions on a magnitude; whatever is larger continues with an Exp-Golomb code
 LEARN = 14  # the mixer's rate, a shift
-COUNT_LIMIT = 255
 LIKELY = 40  # classes of the expected magnitude, four to an octave
 FINE = 60
 LOG_END = 1 << 14
@@ -82,10 +82,7 @@ def _learn(bit, slots, n, maps, weights, set0, set1, apm, row, x):
     for i in range(INPUTS):
         weights[set0, i] += (x[i] * e0 + half) >> LEARN
         weights[set1, i] += (x[i] * e1 + half) >> LEARN
-        m = np.int64(maps[slots[i] + n])
-        count, chance = m & 1023, m >> 10
-        chance = min(chance + ((((bit << 22) - chance) * RATE[count]) >> 16), (1 << 22) - 1)
-        maps[slots[i] + n] = np.uint32(chance << 10 | min(count + 1, COUNT_LIMIT))
+        maps[slots[i] + n] = np.uint32(learned(np.int64(maps[slots[i] + n]), bit, RATE))
     weights[set0, INPUTS] += (256 * e0 + half) >> LEARN
     weights[set1, INPUTS] += (256 * e1 + half) >> LEARN
 
@@ -167,14 +164,13 @@ def code_band(target, q, sizes, orient, level, totals, parents, parent_totals, u
                 some = 0  # 1 where the coefficient is known not to be zero
                 if e < CALM:
                     place = (e >> 2) * 5 + min(level, 4)
-                    chance, cnt = calm[place] >> 10, calm[place] & 1023
+                    chance = calm[place] >> 10
                     if not decode:
                         off = abs(target[k, r, c])
                         gain = off * off - (off - 0.85) * (off - 0.85)
                         some = 1 if off > 0.5 and gain > worth * (COST[chance >> 10] + 350) / 256 else 0
-                    some = _code(some, max(chance >> 6, 1), coder, buf, decode)
-                    chance = min(chance + ((((some << 22) - chance) * RATE[cnt]) >> 16), (1 << 22) - 1)
-                    calm[place] = chance << 10 | min(cnt + 1, COUNT_LIMIT)
+                    some = code_bit(some, max(chance >> 6, 1), coder, buf, decode)
+                    calm[place] = learned(calm[place], some, RATE)
                     if not some:
                         active[rr, cc] = a0 * 5 >> 3
                         down[0] += a0 + (a1 >> 2)
@@ -220,25 +216,18 @@ def code_band(target, q, sizes, orient, level, totals, parents, parent_totals, u
                 u, n = size >> h, some
                 while n < UNARY:
                     p = _predict(slots, n, maps, weights, kind + n, set1 + n, apm, row + n, x)
-                    bit = _code(1 if u > n else 0, p, coder, buf, decode)
+                    bit = code_bit(1 if u > n else 0, p, coder, buf, decode)
                     _learn(bit, slots, n, maps, weights, kind + n, set1 + n, apm, row + n, x)
                     if not bit:
                         break
                     n += 1
                 if n == UNARY:
-                    rest = u - UNARY + 1
-                    octave = 0
-                    while not decode and rest >> (octave + 1):
-                        octave += 1
-                    j = 0
-                    while j < 30 and _code(1 if octave > j else 0, 32768, coder, buf, decode):
-                        j += 1
-                    n = ((1 << j) | _raw(rest, j, coder, buf, decode)) - 1 + UNARY
+                    n = code_tail(u - UNARY + 1, 30, coder, buf, decode) - 1 + UNARY
                 size = n
                 if h:
-                    size = min(n << h | _raw(size if decode else np.int64(want + 0.42), h, coder, buf, decode), LARGEST)
+                    size = min(n << h | raw_bits(size if decode else np.int64(want + 0.42), h, coder, buf, decode), LARGEST)
                 if size:
-                    negative = _code(negative, 32768, coder, buf, decode)
+                    negative = code_bit(negative, 32768, coder, buf, decode)
                 q[k, r, c] = -size if negative else size
                 size = min(size, CLIP)
                 m[rr, cc] = size
@@ -294,18 +283,18 @@ def code_numbers(values, rows, chances, coder, buf, decode):
         j = 0
         while j < 40:
             p = row[j]
-            bit = _code(1 if octave > j else 0, min(max(p, 64), 65472), coder, buf, decode)
+            bit = code_bit(1 if octave > j else 0, min(max(p, 64), 65472), coder, buf, decode)
             row[j] += ((bit << 16) - p) >> 4
             if not bit:
                 break
             j += 1
         if j > 1:
-            size = (1 << (j - 1)) | _raw(size, j - 1, coder, buf, decode)
+            size = (1 << (j - 1)) | raw_bits(size, j - 1, coder, buf, decode)
         else:
             size = np.int64(j)
         if size:
             p = row[63]
-            bit = _code(1 if values[i] < 0 else 0, min(max(p, 64), 65472), coder, buf, decode)
+            bit = code_bit(1 if values[i] < 0 else 0, min(max(p, 64), 65472), coder, buf, decode)
             row[63] += ((bit << 16) - p) >> 5
             values[i] = -size if bit else size
         else:
