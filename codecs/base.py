@@ -161,7 +161,9 @@ class LatentCodec(WithLatent, ImageCodec):
     g_s: nn.Module
 
     def forward(self, x: Tensor, level: Tensor) -> Outputs:
-        y_hat, y_bits, z_bits = self.latent(self.g_a(x, level), level)
+        y = self.g_a(x, level)
+        with torch.autocast(y.device.type, enabled=False):  # bfloat16 is too coarse for scales and their likelihoods
+            y_hat, y_bits, z_bits = self.latent(y.float(), level)
         return Outputs(self.g_s(y_hat, level), {"y": y_bits, "z": z_bits})
 
     def analyse(self, x: Tensor, level: int) -> Tensor:

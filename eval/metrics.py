@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -43,10 +44,20 @@ def decibel(similarity: float) -> float:
     return float(-10 * np.log10(1 - similarity)) if similarity < 1 else float("inf")
 
 
-def _window(channels: int) -> Tensor:
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept must also serve training, and a captured step cannot copy to a device
+def _window(channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     x = torch.arange(WINDOW, dtype=torch.float32) - WINDOW // 2
     g = torch.exp(-(x**2) / (2 * SIGMA**2))
-    return (g / g.sum()).repeat(channels, 1, 1, 1)
+    return (g / g.sum()).repeat(channels, 1, 1, 1).to(device, dtype)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _weights(scales: int, device: torch.device) -> Tensor:
+    # the published five sum to 1.0001 and are taken as they are, as everywhere
+    total = 1.0 if scales == len(MS_SSIM_WEIGHTS) else sum(MS_SSIM_WEIGHTS[:scales])
+    return torch.tensor(MS_SSIM_WEIGHTS[:scales], device=device).view(-1, 1, 1) / total
 
 
 def _blur(x: Tensor, window: Tensor) -> Tensor:
@@ -73,17 +84,14 @@ def ms_ssim_tensor(x: Tensor, y: Tensor, peak: float = 1.0, scales: int = len(MS
     smallest = (WINDOW - 1) * 2 ** (scales - 1) + 1
     if min(x.shape[2:]) < smallest:
         raise ValueError(f"MS-SSIM of {scales} scales needs sides of at least {smallest} pixels")
-    window = _window(x.shape[1]).to(x)
+    window = _window(x.shape[1], x.device, x.dtype)
     terms = []
     for scale in range(scales):
         ssim, cs = _ssim(x, y, window, peak)
         terms.append((ssim if scale == scales - 1 else cs).clamp_min(0))
         padding = [s % 2 for s in x.shape[2:]]
         x, y = (F.avg_pool2d(t, 2, padding=padding) for t in (x, y))
-    # the published five sum to 1.0001 and are taken as they are, as everywhere
-    total = 1.0 if scales == len(MS_SSIM_WEIGHTS) else sum(MS_SSIM_WEIGHTS[:scales])
-    weights = torch.tensor(MS_SSIM_WEIGHTS[:scales], device=x.device).view(-1, 1, 1) / total
-    return torch.prod(torch.stack(terms) ** weights, 0).mean(1)
+    return torch.prod(torch.stack(terms) ** _weights(scales, x.device), 0).mean(1)
 
 
 def _tensors(a: np.ndarray, b: np.ndarray) -> tuple[Tensor, Tensor]:

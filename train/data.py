@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def load_folder(folder: Path, cache: Path | None = None) -> list[Tensor]:
     paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES)
     if not paths:
         raise ValueError(f"{folder}: no pictures ({', '.join(sorted(SUFFIXES))}) found")
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         arrays = list(pool.map(lambda p: np.asarray(Image.open(p).convert("RGB")), paths))
     sizes = sorted({a.shape for a in arrays})
     stacks = [np.stack([a.transpose(2, 0, 1) for a in arrays if a.shape == size]) for size in sizes]

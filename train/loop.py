@@ -31,6 +31,7 @@ from ..codecs import registry
 from ..codecs.base import LEVELS, ImageCodec
 from ..eval.metrics import MS_SSIM_WEIGHTS, WINDOW, ms_ssim_tensor
 from ..nn.transforms import deepened
+from .captured import Step
 from .data import Crops, load_folder
 from .files import read_recipe, save
 from .klt import start_at_klt
@@ -173,14 +174,21 @@ def train(codec: ImageCodec, stacks: list[Tensor], recipe: Recipe, out: Path, *,
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
         device = f"cuda:{os.environ['LOCAL_RANK']}" if device.startswith("cuda") else device
+    if device.startswith("cuda"):
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")  # the entropy model: float32 with products of 10 bits
     torch.manual_seed(recipe.seed + rank)
     codec = codec.to(device=device, memory_format=torch.channels_last).train()
     if init is not None:
         print("taken over:", transfer(codec, torch.load(init, map_location=device, weights_only=True)["ema"]), flush=True)
     elif recipe.start == "klt":
-        start_at_klt(codec, stacks[-1][: recipe.klt_pictures].to(device))
+        start_at_klt(codec.cpu(), stacks[-1][: recipe.klt_pictures])
+        codec.to(device)
     ema = deepcopy(codec).requires_grad_(False)
     opts = optimisers(codec, recipe.optimiser, recipe.lr, recipe.muon_lr, recipe.latent_factor)
+    captured = device.startswith("cuda") and world == 1 and not list(objective.parameters())
+    whole: Step | None = None  # the captured step, of this stage
+    moments: dict[str, Tensor] | None = None  # what it goes on from
     if list(objective.parameters()):
         opts += optimisers(objective, "adam", recipe.lr, recipe.muon_lr)
     step, spent = 0, 0.0
@@ -190,6 +198,7 @@ def train(codec: ImageCodec, stacks: list[Tensor], recipe: Recipe, out: Path, *,
         ema.load_state_dict(state["ema"])
         if objective.state_dict():
             objective.load_state_dict(state["objective"])
+        moments = state.get("captured")
         for opt, saved in zip(opts, state["optimisers"]):
             opt.load_state_dict(saved)
         step, spent = state["step"], state["seconds"]
@@ -206,7 +215,7 @@ def train(codec: ImageCodec, stacks: list[Tensor], recipe: Recipe, out: Path, *,
         seconds = time.monotonic() - started
         save(out / "last.pt", {"model": codec.state_dict(), "ema": ema.state_dict(), "step": step, "seconds": seconds,
                                "objective": objective.state_dict(), "optimisers": [o.state_dict() for o in opts],
-                               "recipe": vars(recipe)})  # fmt: skip
+                               "captured": whole.state_dict() if whole else None, "recipe": vars(recipe)})  # fmt: skip
         row = {"step": step, "minutes": seconds / 60, "validation": validate(ema, held_out)}
         log.write(json.dumps(row) + "\n")
         log.flush()
@@ -227,7 +236,12 @@ def train(codec: ImageCodec, stacks: list[Tensor], recipe: Recipe, out: Path, *,
             model = codec
             if world > 1:  # anew for each stage: it asks once which parameters are trained
                 model = torch.nn.parallel.DistributedDataParallel(codec, find_unused_parameters=True)
-            if compile_model:
+            if captured:
+                moments = whole.state_dict() if whole else moments
+                whole = Step(codec, ema, recipe, objective, compile_model)
+                if moments is not None:
+                    whole.load_state_dict(moments)
+            elif compile_model:
                 model = torch.compile(model)
             torch.manual_seed(recipe.seed * 1000 + rank + 7 * step)  # a run resumed here goes on like one that was not stopped
             crops = Crops(stacks, stage["batch"], stage["crop"], device, seed=recipe.seed * 1000 + rank + 7 * step)
@@ -238,22 +252,28 @@ def train(codec: ImageCodec, stacks: list[Tensor], recipe: Recipe, out: Path, *,
         # stratified levels: every batch sees the whole range
         level = (torch.arange(len(x)) + torch.rand(len(x))) / len(x) * LEVELS
         level = level[torch.randperm(len(x))].to(device)
-        with half:
-            loss, figures = objective(codec, x, level, recipe, done, model)
-        for opt in opts:
-            opt.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(codec.parameters(), recipe.clip)
-        if not torch.isfinite(norm):
-            print(f"step {step}: gradient is not finite, step skipped", flush=True)
+        decay = min(recipe.ema, (1 + step) / (10 + step))
+        if whole is not None:
+            figures = whole(x, level, recipe.rate(step, done), decay)
+            if step % 10 == 0:
+                torch.cuda.synchronize()  # the clock is that of the device
         else:
+            with half:
+                loss, figures = objective(codec, x, level, recipe, done, model)
             for opt in opts:
-                opt.step()
-            decay = min(recipe.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(ema.parameters()), list(codec.parameters()), 1 - decay)
+                opt.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(codec.parameters(), recipe.clip)
+            if not torch.isfinite(norm):
+                print(f"step {step}: gradient is not finite, step skipped", flush=True)
+            else:
+                for opt in opts:
+                    opt.step()
+                torch._foreach_lerp_(list(ema.parameters()), list(codec.parameters()), 1 - decay)
+            figures = {"loss": loss.detach(), **{k: v.mean() for k, v in figures.items()}, "grad_norm": norm}
         step += 1
         pixels_seen += x.shape[0] * x.shape[2] * x.shape[3]
-        window.append({"loss": loss.detach(), **{k: v.mean() for k, v in figures.items()}, "grad_norm": norm})
+        window.append(figures)
         if step % log_every == 0 and rank == 0:
             now = time.monotonic()
             means = {k: float(torch.stack([row[k] for row in window if k in row]).mean()) for k in window[-1]}

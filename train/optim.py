@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+ADAM_BETAS, ADAM_EPS = (0.9, 0.98), 1e-9
 
 
 def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
@@ -61,7 +62,7 @@ def optimisers(model: torch.nn.Module, kind: str, lr: float, muon_lr: float,
         parts = [{"params": groups[big, mine], "lr": rate * (latent if mine else 1.0)}
                  for mine in (False, True) if (big, mine) in groups]  # fmt: skip
         if parts:
-            result.append(Muon(parts, lr=rate) if big else torch.optim.Adam(parts, lr=rate, betas=(0.9, 0.98), eps=1e-9))
+            result.append(Muon(parts, lr=rate) if big else torch.optim.Adam(parts, lr=rate, betas=ADAM_BETAS, eps=ADAM_EPS))
     for optimiser in result:
         for group in optimiser.param_groups:
             group["peak"] = group["lr"]

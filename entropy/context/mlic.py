@@ -100,6 +100,13 @@ def coordinates(h: int, w: int, device: torch.device | str = "cpu") -> tuple[Ten
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
+def on_device(values: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
+    """``values`` as a tensor that is copied once: a training step that is captured as a graph can't copy."""
+    return torch.tensor(values, device=device)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def window_anchors(h: int, w: int, side: int, device: torch.device | str = "cpu") -> Tensor:
     """(h*w, side*side) bool: whether that token of the window around each position is an anchor of the picture."""
     mask = F.pad(anchor_mask(h, w, device), (side // 2,) * 4).reshape(-1)
@@ -490,7 +497,7 @@ class CentreContext(nn.Module):
     def forward(self, current: Map, features: Map, where: Tensor) -> Map:
         b, _, h, w = current.shape
         side, heads, head, exact = self.side, self.heads, self.head, isinstance(current, Grid)
-        picked = torch.tensor(self.tokens, device=where.device)
+        picked = on_device(self.tokens, where.device)
         index = patch_index(h, w, side, 1, w + side - 1, where.device)[where][:, picked]
         n, k_tokens = index.shape
         around = windows(self.keys(current), index, side // 2)

@@ -1,0 +1,62 @@
+"""The step that is captured on accelerators does what the loop's own optimisers do."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+
+from neuralcodec.codecs.hyperprior import Hyperprior
+from neuralcodec.codecs.mlicv2 import MLICv2
+from neuralcodec.train.captured import Step
+from neuralcodec.train.loop import Objective, Recipe, rd_loss, set_hard
+from neuralcodec.train.optim import optimisers
+
+
+@pytest.mark.parametrize("kind", [Hyperprior, MLICv2])
+@pytest.mark.parametrize("hard", [False, True])
+def test_a_flat_step_is_the_optimisers_step(kind, hard):
+    torch.manual_seed(1)
+    codec = kind.from_preset("test").to(memory_format=torch.channels_last).train()
+    set_hard(codec, hard)
+    other, average = deepcopy(codec), deepcopy(codec).requires_grad_(False)
+    before = {k: v.clone() for k, v in codec.state_dict().items()}
+    recipe = Recipe(optimiser="muon", lr=1e-3, muon_lr=2e-3, latent_factor=2.0)
+    opts = optimisers(other, recipe.optimiser, recipe.lr, recipe.muon_lr, recipe.latent_factor)
+    step = Step(codec, average, recipe, Objective())
+    for k, v in before.items():
+        assert torch.equal(codec.state_dict()[k], v)
+    for n in range(3):
+        x, level = torch.rand(2, 3, 64, 64), torch.tensor([100.0, 800.0])
+        for opt in opts:
+            for group in opt.param_groups:
+                group["lr"] = group["peak"] * 0.5
+            opt.zero_grad(set_to_none=True)
+        torch.manual_seed(n)
+        loss, _ = rd_loss(other, x, level, recipe.weight_power)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(other.parameters(), recipe.clip)
+        for opt in opts:
+            opt.step()
+        torch.manual_seed(n)
+        figures = step(x, level, 0.5, 0.5)
+        assert torch.allclose(figures["loss"], loss, rtol=1e-4)
+        assert torch.allclose(figures["grad_norm"], norm, rtol=1e-3)
+    moved = 0
+    for (name, a), b, c in zip(codec.named_parameters(), other.parameters(), average.parameters()):
+        assert torch.allclose(a, b, rtol=1e-3, atol=2e-5), name
+        if not torch.equal(a, before[name]):
+            moved += 1
+            assert not torch.equal(a, c)
+    assert moved > 20
+    assert (moved < len(before)) == hard or not hard
+
+
+def test_a_step_without_finite_gradient_changes_nothing_for_good():
+    torch.manual_seed(1)
+    codec = Hyperprior.from_preset("test").train()
+    step = Step(codec, deepcopy(codec).requires_grad_(False), Recipe(optimiser="muon"), Objective())
+    step(torch.full((1, 3, 64, 64), float("nan")), torch.tensor([500.0]), 1.0, 0.5)
+    assert all(p.isfinite().all() for p in codec.parameters())
+    assert all(t.isfinite().all() for t in step.state_dict().values())
