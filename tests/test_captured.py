@@ -6,7 +6,6 @@ from copy import deepcopy
 
 import pytest
 import torch
-
 from neuralcodec.codecs.hyperprior import Hyperprior
 from neuralcodec.codecs.mlicv2 import MLICv2
 from neuralcodec.train.captured import Step
@@ -43,14 +42,14 @@ def test_a_flat_step_is_the_optimisers_step(kind, hard):
         figures = step(x, level, 0.5, 0.5)
         assert torch.allclose(figures["loss"], loss, rtol=1e-4)
         assert torch.allclose(figures["grad_norm"], norm, rtol=1e-3)
-    moved = 0
+    moved = set()
     for (name, a), b, c in zip(codec.named_parameters(), other.parameters(), average.parameters()):
         assert torch.allclose(a, b, rtol=1e-3, atol=2e-5), name
         if not torch.equal(a, before[name]):
-            moved += 1
+            moved.add(name)
             assert not torch.equal(a, c)
-    assert moved > 20
-    assert (moved < len(before)) == hard or not hard
+    assert any(name.startswith("g_s.") for name in moved) and any(name.startswith("latent.") for name in moved)
+    assert any(name.startswith("g_a.") for name in moved) != hard
 
 
 def test_a_step_without_finite_gradient_changes_nothing_for_good():
