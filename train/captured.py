@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..codecs.base import ImageCodec
-from .optim import ADAM_BETAS, ADAM_EPS, NEWTON_SCHULZ, optimisers
+from .optim import ADAM_BETAS, ADAM_EPS, MOMENTUM, NEWTON_SCHULZ, NEWTON_STEPS, RMS, Muon, optimisers
 
 WARM_UP = 4  # steps before the capture, in which libraries choose their algorithms; weights are put back afterwards
 BUCKET_ROWS, BUCKET_COLUMNS = 32, 128  # sizes of matrices are rounded up to multiples of these
@@ -32,23 +32,22 @@ def _flat_view(flat: Tensor, at: int, p: Tensor) -> Tensor:
 
 
 class Step:
-    """``step(x, level, factor)`` trains once on x (B, 3, h, w) at level (B,); -> figures, a dict of device scalars.
+    """``step(x, level, factor, decay)`` trains once on x (B, 3, h, w) at level (B,); -> figures, device scalars by name.
 
-    ``codec`` and ``ema`` must be on their device. The shapes of the first call are those of all; a Step is made anew for
-    other shapes or other resting parts, from the ``state_dict`` of the one before.
+    ``codec`` and ``ema`` must be on their device; ``compiled`` has g_a and g_s compiled. The shapes of the first call are
+    those of all: other shapes, or other parts that rest, want another Step that takes the ``state_dict`` of this one.
     """
 
     def __init__(self, codec: ImageCodec, ema: ImageCodec, recipe: Any, objective: Any, compiled: bool = False):
         self.codec, self.recipe, self.objective = codec, recipe, objective
         self.device = next(codec.parameters()).device
         names = {id(p): n for n, p in codec.named_parameters()}
-        groups = [(type(o).__name__ == "Muon", g) for o in
-                  optimisers(codec, recipe.optimiser, recipe.lr, recipe.muon_lr, recipe.latent_factor)
-                  for g in o.param_groups]  # fmt: skip
-        ordered = [(p, muon, g["lr"], g.get("rms", 0.0)) for muon, g in groups for p in g["params"]]
+        kinds = optimisers(codec, recipe.optimiser, recipe.lr, recipe.muon_lr, recipe.latent_factor)
+        groups = [(isinstance(kind, Muon), group) for kind in kinds for group in kind.param_groups]
+        ordered = [(p, muon, group["lr"]) for muon, group in groups for p in group["params"]]
         self.params = [p for p, *_ in ordered]
         n = sum(p.numel() for p in self.params)
-        self.adam = sum(p.numel() for p, muon, *_ in ordered if not muon)  # these come first
+        self.adam = sum(p.numel() for p, muon, _ in ordered if not muon)  # these come first
         new = {"device": self.device, "dtype": torch.float32}
         self.p, self.g, self.average = (torch.zeros(n + 1, **new) for _ in range(3))  # the last place is padding's
         self.momentum = torch.zeros(n - self.adam + 1, **new)
@@ -62,7 +61,7 @@ class Step:
         at = 0
         self.grads: list[Tensor] = []
         with torch.no_grad():
-            for p, muon, rate, rms in ordered:
+            for p, muon, rate in ordered:
                 average = averages[names[id(p)]]
                 for flat, tensor in ((self.p, p), (self.average, average)):
                     view = _flat_view(flat, at, p)
@@ -72,7 +71,7 @@ class Step:
                 self.trained[at : at + p.numel()] = float(p.requires_grad)
                 if muon:
                     index = (at - self.adam + torch.arange(p.numel(), device=self.device)).view(len(p), -1)
-                    scale = rate * rms * max(index.shape) ** 0.5
+                    scale = rate * RMS * max(index.shape) ** 0.5
                     index = index.T if index.shape[0] > index.shape[1] else index
                     rows, columns = (-(-s // b) * b for s, b in zip(index.shape, (BUCKET_ROWS, BUCKET_COLUMNS)))
                     padded = index.new_full((rows, columns), n - self.adam)
@@ -130,15 +129,15 @@ class Step:
     def _muon(self, g: Tensor) -> None:
         if not self.buckets:
             return
-        self.momentum.mul_(0.95).add_(g)
-        update = g + 0.95 * self.momentum
-        update[-1:].zero_()
+        self.momentum.mul_(MOMENTUM).add_(g)
+        update = g + MOMENTUM * self.momentum
+        update[-1:].zero_()  # not ``update[-1] = 0``, which copies from the host
         result = torch.zeros_like(update)
         a, b, c = NEWTON_SCHULZ
         for index, scale in self.buckets:
             x = update[index]
             x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-            for _ in range(5):
+            for _ in range(NEWTON_STEPS):
                 s = x @ x.mT
                 x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
             result[index] = x * scale

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_STEPS = 5
+MOMENTUM, RMS = 0.95, 0.2
 ADAM_BETAS, ADAM_EPS = (0.9, 0.98), 1e-9
 
 
-def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
+def orthogonalise(g: Tensor, steps: int = NEWTON_STEPS) -> Tensor:
     """Nearest semi-orthogonal matrix of g (m, n), roughly: singular values end in about 0.7..1.2."""
     a, b, c = NEWTON_SCHULZ
     tall = g.shape[0] > g.shape[1]
@@ -29,7 +31,7 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum; parameters of two or more dimensions only."""
 
-    def __init__(self, params, lr: float, momentum: float = 0.95, rms: float = 0.2):
+    def __init__(self, params, lr: float, momentum: float = MOMENTUM, rms: float = RMS):
         super().__init__(params, {"lr": lr, "momentum": momentum, "rms": rms})
 
     @torch.no_grad()
