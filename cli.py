@@ -685,13 +685,15 @@ def models(args: argparse.Namespace) -> int:
     for card in cards:
         macs = card.get("kmac_per_pixel")
         work = f"{macs['g_a'] + macs['entropy']:.1f} / {macs['g_s'] + macs['entropy']:.1f}" if macs else "-"
-        bd = card.get("measured", {}).get("kodak", {}).get("bd_rate_vtm")
+        similar = card.get("training", {}).get("recipe", {}).get("distortion") == "ms-ssim"
+        bd = card.get("measured", {}).get("kodak", {}).get("bd_rate_vtm" + "_ms_ssim" * similar)
         name = f"{card['codec']}:{card['preset']}"
         mark = " *" if name in map(registry.default, ("image", "bytes")) else ""
-        rate = ("not measured" if macs else "-") if bd is None else f"{bd:+.1f} %"
+        rate = ("not measured" if macs else "-") if bd is None else "MS-SSIM " * similar + f"{bd:+.1f} %"
         print(f"{name + mark:<26}{card['model_id']:<18}{card['parameters']:>12,}{work:>18}"
               f"{rate:>22}  {os.path.basename(card['file'])}")  # fmt: skip
-    print("\n* used when no model is asked for. More weights: folders in NEURALCODEC_WEIGHTS.")
+    print("\nBD-rate of PSNR, or of MS-SSIM for models that were trained for it; each card has the command.")
+    print("* used when no model is asked for. More weights: folders in NEURALCODEC_WEIGHTS.")
     print("Without weights: nacrith:cm codes any file by context mixing alone.")
     return 0
 

@@ -16,6 +16,10 @@ LEVELS = 1000
 """Quality 0..100 is coded as an integer level 0..1000."""
 
 
+ADDED = {"added": True}
+"""Metadata of a config's field that came later: at its default it does not count in the model id, which stays as it was."""
+
+
 def level_of(quality: float) -> int:
     """Integer level of a quality 0..100. ValueError outside of it."""
     if not 0 <= quality <= 100:

@@ -9,14 +9,11 @@ Sources: mean-scale hyperprior, Minnen et al. 2018; two-pass checkerboard, He et
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
 
 from ..entropy.hyperprior import ContextHyperprior, LatentConfig
-from ..nn.blocks import ResidualBlock
-from ..nn.transforms import PatchAnalysis, PatchSynthesis, patch_margins
-from .base import LatentCodec
+from ..nn.transforms import PatchAnalysis, PatchSynthesis, patch_margins, plain_blocks
+from .base import ADDED, LatentCodec
 
 
 @dataclass(frozen=True)
@@ -27,14 +24,8 @@ class Config:
     encoder_blocks: tuple[int, int, int]
     decoder_blocks: tuple[int, int, int]
     latent: LatentConfig
-    narrow: ClassVar[int | None] = None
-
-
-@dataclass(frozen=True)
-class NarrowConfig(Config):
-    """``narrow``: hidden width of the blocks at H/16, which have as many channels as y otherwise."""
-
-    narrow: int  # type: ignore[misc]  # of other configs a constant, so that their model ids stay
+    narrow: int | None = field(default=None, metadata=ADDED)
+    """Hidden width of the blocks at H/16, which have as many channels as y otherwise."""
 
 
 _TEST = Config((16, 16), (1, 1, 0), (1, 1, 0),
@@ -49,7 +40,7 @@ class Hyperprior(LatentCodec):
     presets = {
         "test": _TEST,
         "test-mixed": _TEST,  # with context mixing of the latent
-        "light": NarrowConfig(_LIGHT.widths, (2, 1, 1), (2, 2, 1), _LIGHT.latent, 128),
+        "light": Config(_LIGHT.widths, (2, 1, 1), (2, 2, 1), _LIGHT.latent, 128),
         # without the blocks at H/16, trained for MS-SSIM
         "light-ms-ssim": replace(_LIGHT, latent=replace(_LIGHT.latent, lambda_low=0.0008, lambda_high=0.5)),
         "base": Config((96, 192), (3, 3, 0), (3, 3, 0),
@@ -64,7 +55,7 @@ class Hyperprior(LatentCodec):
         super().__init__(config, preset)
         reach, self.synthesis_margin = patch_margins(config.encoder_blocks, config.decoder_blocks)
         self.analysis_margin = -(-reach // self.tile_multiple) * self.tile_multiple
-        blocks = ResidualBlock, ResidualBlock, partial(ResidualBlock, hidden=config.narrow)
+        blocks = plain_blocks(config.narrow)
         self.g_a = PatchAnalysis(config.widths, config.encoder_blocks, config.latent, blocks)
         self.g_s = PatchSynthesis(config.widths, config.decoder_blocks, config.latent, blocks)
         self.latent = ContextHyperprior(config.latent)

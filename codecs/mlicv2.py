@@ -14,9 +14,8 @@ plain ones) into the skeleton of ``nn.transforms``. Our checkerboard starts with
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -25,8 +24,8 @@ from ..entropy.context.mlic_parts import PublishedHyper
 from ..nn.blocks import LevelAffine, ResidualBlock, Upsample
 from ..nn.mixing import TokenMixing
 from ..nn.residual import GeluBlock, StridedBlock, UpsamplingBlock
-from ..nn.transforms import PatchAnalysis, PatchSynthesis, patch_margins
-from .base import LatentCodec
+from ..nn.transforms import PatchAnalysis, PatchSynthesis, patch_margins, plain_blocks
+from .base import ADDED, LatentCodec
 
 
 class MlicHyperprior(PublishedHyper):
@@ -80,14 +79,8 @@ class Config:
     encoder_blocks: tuple[int, int, int] = (0, 0, 0)
     decoder_blocks: tuple[int, int, int] = (0, 0, 0)
     mixing: bool = True
-    narrow: ClassVar[int | None] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class NarrowConfig(Config):
-    """``narrow``: hidden width of the plain blocks at H/16, which have as many channels as y otherwise."""
-
-    narrow: int  # type: ignore[misc]  # of other configs a constant, so that their model ids stay
+    narrow: int | None = field(default=None, metadata=ADDED)
+    """Hidden width of plain blocks at H/16, which have as many channels as y otherwise."""
 
 
 _SMALL = {"gelu": False, "centre": True, "shared": True, "mlp": False, "project": 1, "residual_kernel": 1,
@@ -102,7 +95,7 @@ _LIGHT = Config((64, 96), encoder_blocks=(2, 2, 0), decoder_blocks=(2, 2, 0),
                                   **_SMALL))  # fmt: skip
 # Plain blocks in place of token mixing make more products in the same time: two threads took 0.65 s a megapixel for 67 kMAC/px
 # of them, 0.82 s for 57 kMAC/px of the other. The widths are those with which a megapixel still decodes within a second.
-_BASE = NarrowConfig((96, 192), encoder_blocks=(3, 3, 1), decoder_blocks=(1, 3, 1), mixing=False, narrow=112,
+_BASE = Config((96, 192), encoder_blocks=(3, 3, 1), decoder_blocks=(1, 3, 1), mixing=False, narrow=112,
                      latent=MlicConfig((24, 56, 96, 144), hyper=64, width=96, features=112, channel=((96, 1), (112, 3)),
                                        local=48, inter=16, intra=0, attention=32, entropy=(128, 128), residual=(80,),
                                        guide=16, lambda_low=0.0005, lambda_high=0.3, **_SMALL))  # fmt: skip
@@ -132,8 +125,7 @@ class MLICv2(LatentCodec):
             reach, self.synthesis_margin = _published_margins(config.mixing)
         else:
             # at H/4 a mixing block takes 1.8 times as long to train as a plain one, for less than half of its products
-            late = (TokenMixing,) * 2 if config.mixing else (ResidualBlock, partial(ResidualBlock, hidden=config.narrow))
-            blocks = (ResidualBlock, *late)
+            blocks = (ResidualBlock, TokenMixing, TokenMixing) if config.mixing else plain_blocks(config.narrow)
             self.g_a = PatchAnalysis(config.widths, config.encoder_blocks, latent, blocks)
             self.g_s = PatchSynthesis(config.widths, config.decoder_blocks, latent, blocks)
             sees = TokenMixing.reach if config.mixing else 2

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor
 from ..container.errors import ModelMismatch, ModelMissing
 from ..entropy.exact import freeze, frozen, frozen_tensors, load_frozen
 from ..entropy.tables import Tables
-from .base import Codec
+from .base import ADDED, Codec
 
 ID_BYTES = 8
 
@@ -42,7 +42,11 @@ def tensors_of(codec: Codec) -> dict[str, Tensor]:
 def digest(codec: Codec, tensors: dict[str, Tensor]) -> bytes:
     """sha256 of the codec's identity and its stored tensors."""
     sha = hashlib.sha256()
-    sha.update(json.dumps([codec.name, asdict(codec.config)], sort_keys=True, separators=(",", ":")).encode())
+    config = asdict(codec.config)
+    for part in fields(codec.config):
+        if part.metadata == ADDED and config[part.name] == part.default:
+            del config[part.name]
+    sha.update(json.dumps([codec.name, config], sort_keys=True, separators=(",", ":")).encode())
     for name in sorted(tensors):
         array = tensors[name].numpy()
         sha.update(f"\n{name} {array.dtype.str.lstrip('<>|=')} {list(array.shape)}\n".encode())

@@ -2,7 +2,7 @@
 
 Chances to be 1 have 16 bits (1..65535) where they are coded and 22 bits where they adapt; logits are in 1/256. A coder is int64
 (4,): low, high, code word of the decoder, position. Byte-level descriptions: ``SPEC.md`` here and in ``grid/``. The coder of
-any bytes has its own (``bytes/mixing.py``): other tables, and a split rounded otherwise.
+any bytes (``bytes/``) codes its bits here too, and has its own tables and ends (``bytes/mixing.py``).
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ def ending(coder: np.ndarray) -> bytes:
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def code_bit(bit, p, coder, buf, decode):
-    """One bit whose chance to be 1 is p / 65536, 1 <= p <= 65535; the bit."""
+    """One bit whose chance to be 1 is p / 65536, 1 <= p <= 65535; the bit.
+
+    The position runs on when the buffer is full (the encoder must look) or at its end (zeros are read).
+    """
     low, high = coder[0], coder[1]
     span = high - low
     middle = low + (span >> 16) * p + (((span & 0xFFFF) * p) >> 16)
@@ -67,7 +70,7 @@ def code_bit(bit, p, coder, buf, decode):
         if decode:
             byte = np.int64(buf[at]) if at < len(buf) else 0
             coder[2] = ((coder[2] << 8) & 0xFFFFFFFF) | byte
-        else:
+        elif at < len(buf):
             buf[at] = high >> 24
         coder[3] = at + 1
         low = (low << 8) & 0xFFFFFFFF

@@ -678,13 +678,15 @@ def write_measured(model: str, summary: dict[str, Any]) -> None:
     card = next(c for c in registry.describe() if (c["codec"], c["preset"]) == (codec, preset))
     path = Path(card.pop("file")).with_suffix(".json")
     entry, dataset = summary["codecs"][f"{codec}:{preset}"], summary["dataset"]
+    settings = " ".join(f"{r['setting']:g}" for r in entry["curve"])
     measured: dict[str, Any] = {
-        "command": f"codec eval --dataset {dataset} --codec {codec}:{preset}",
+        "command": f"codec eval --dataset {dataset} --codec {codec}:{preset} --qualities {settings} --metrics psnr ms_ssim",
         "dataset_sha256": summary["dataset_sha256"],
         "curve": [{k: round(r[k], 5) for k in ("setting", "bpp", "psnr", "ms_ssim")} for r in entry["curve"]],
     }
-    if "percent" in entry["bd_rate"]["akima"]:
-        name = summary["anchor"].partition(" ")[0].rpartition(":")[2]
-        measured[f"bd_rate_{name}"] = round(entry["bd_rate"]["akima"]["percent"], 2)
+    name = summary["anchor"].partition(" ")[0].rpartition(":")[2]
+    for kind, suffix in (("bd_rate", ""), ("bd_rate_ms_ssim", "_ms_ssim")):
+        if "percent" in (found := entry.get(kind, {}).get("akima", {})):
+            measured[f"bd_rate_{name}{suffix}"] = round(found["percent"], 2)
     card.setdefault("measured", {})[dataset] = measured
     write_card(path, card)

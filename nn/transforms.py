@@ -9,6 +9,7 @@ affine of the channels at H/8 (see ``blocks.LevelAffine``).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +20,11 @@ Block = Callable[[int], nn.Module]
 """Makes a residual block, (B, C, h, w) -> the same shape, for a number of channels C."""
 Blocks = Block | tuple[Block, Block, Block]
 """One kind of block for all stages, or one each for H/4, H/8 and H/16."""
+
+
+def plain_blocks(narrow: int | None = None) -> Blocks:
+    """Residual blocks everywhere, of ``narrow`` hidden channels at H/16."""
+    return ResidualBlock, ResidualBlock, partial(ResidualBlock, hidden=narrow)
 
 
 def _stages(block: Blocks, counts: tuple[int, int, int], channels: tuple[int, int, int]) -> list[list[nn.Module]]:

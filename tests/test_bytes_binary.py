@@ -16,6 +16,7 @@ import reference_mixed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from neuralcodec.container.errors import CorruptStream
+from neuralcodec.entropy.binary import code_bit
 from neuralcodec.entropy.bytes import binary, detect, filters, mixing
 
 KINDS = (binary.GENERAL, binary.RECORDS, binary.BITMAP, binary.PICTURE, binary.AUDIO, binary.MACHINE)
@@ -77,13 +78,13 @@ def test_coder_reaches_the_entropy():
     state, buffer = np.zeros(4, np.int64), np.zeros(40_000, np.uint8)
     mixing.coder_start(state, buffer, False)
     for bit, q in zip(bits.tolist(), p.tolist()):
-        mixing.code_bit(state, buffer, bit, q, False)
+        code_bit(bit, q, state, buffer, False)
     size = mixing.coder_finish(state, buffer)
     ideal = -np.log2(np.where(bits == 1, p, 65536 - p) / 65536).sum() / 8
     assert ideal <= size <= ideal * 1.001 + 4
     stream = buffer[:size].copy()
     mixing.coder_start(state, stream, True)
-    assert [mixing.code_bit(state, stream, 0, q, True) for q in p.tolist()] == bits.tolist()
+    assert [code_bit(0, q, state, stream, True) for q in p.tolist()] == bits.tolist()
 
 
 def test_buckets_are_found_again_and_replaced():

@@ -21,9 +21,9 @@ def test_a_flat_step_is_the_optimisers_step(kind, hard):
     set_hard(codec, hard)
     other, average = deepcopy(codec), deepcopy(codec).requires_grad_(False)
     before = {k: v.clone() for k, v in codec.state_dict().items()}
-    recipe = Recipe(optimiser="muon", lr=1e-3, muon_lr=2e-3, latent_factor=2.0)
-    opts = optimisers(other, recipe.optimiser, recipe.lr, recipe.muon_lr, recipe.latent_factor)
-    step = Step(codec, average, recipe, Objective())
+    recipe = Recipe()
+    opts = optimisers(other, "muon", 1e-3, 2e-3, 2.0)
+    step = Step(codec, average, optimisers(codec, "muon", 1e-3, 2e-3, 2.0), recipe, Objective())
     for k, v in before.items():
         assert torch.equal(codec.state_dict()[k], v)
     for n in range(3):
@@ -55,7 +55,8 @@ def test_a_flat_step_is_the_optimisers_step(kind, hard):
 def test_a_step_without_finite_gradient_changes_nothing_for_good():
     torch.manual_seed(1)
     codec = Hyperprior.from_preset("test").train()
-    step = Step(codec, deepcopy(codec).requires_grad_(False), Recipe(optimiser="muon"), Objective())
+    kinds = optimisers(codec, "muon", 1e-3, 2e-3)
+    step = Step(codec, deepcopy(codec).requires_grad_(False), kinds, Recipe(), Objective())
     step(torch.full((1, 3, 64, 64), float("nan")), torch.tensor([500.0]), 1.0, 0.5)
     assert all(p.isfinite().all() for p in codec.parameters())
     assert all(t.isfinite().all() for t in step.state_dict().values())

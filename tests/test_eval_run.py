@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import scene
 from neuralcodec.cli import main
+from neuralcodec.codecs import registry
 from neuralcodec.container.errors import UsageError
 from neuralcodec.eval import run
 from neuralcodec.eval.kinds import KINDS, Item
 from neuralcodec.eval.peers import Jpeg, is_peer, known, peer
+from neuralcodec.eval.run import write_measured
 from neuralcodec.eval.subject import Ours
 from PIL import Image
 
@@ -268,3 +271,20 @@ def test_grey_pictures_are_repeated(tmp_path):
     Image.fromarray(scene(20, 20)[..., 0]).save(tmp_path / "g.png")
     rgb = KINDS["image"].read(Item(tmp_path / "g.png"))
     assert rgb.shape == (20, 20, 3) and np.array_equal(rgb[..., 0], rgb[..., 2])
+
+
+def test_a_card_takes_what_was_measured(tmp_path, monkeypatch):
+    for end in ("json", "safetensors"):
+        shutil.copy(registry.WEIGHTS / f"hyperprior-test.{end}", tmp_path)
+    monkeypatch.setenv("NEURALCODEC_WEIGHTS", str(tmp_path))
+    curve = [{"setting": q, "bpp": 0.1 + q / 50, "psnr": 30.0 + q, "ms_ssim": 0.9} for q in (0.0, 42.5)]
+    rates = {"bd_rate": {"akima": {"percent": 12.346}}, "bd_rate_ms_ssim": {"akima": {"error": "no overlap"}}}
+    summary = {"dataset": "few", "dataset_sha256": "ab", "anchor": "kodak:vtm (published)",
+               "codecs": {"hyperprior:test": {"curve": curve, **rates}}}  # fmt: skip
+    write_measured("hyperprior:test", summary)
+    measured = json.loads((tmp_path / "hyperprior-test.json").read_text())["measured"]["few"]
+    assert measured["command"] == "codec eval --dataset few --codec hyperprior:test --qualities 0 42.5 --metrics psnr ms_ssim"
+    assert measured["bd_rate_vtm"] == 12.35 and "bd_rate_vtm_ms_ssim" not in measured and measured["curve"] == curve
+    rates["bd_rate_ms_ssim"]["akima"] = {"percent": -1.0}
+    write_measured("hyperprior:test", summary | {"codecs": {"hyperprior:test": {"curve": curve, **rates}}})
+    assert json.loads((tmp_path / "hyperprior-test.json").read_text())["measured"]["few"]["bd_rate_vtm_ms_ssim"] == -1.0

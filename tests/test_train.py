@@ -14,11 +14,11 @@ import pytest
 import torch
 from conftest import scene
 from neuralcodec.codecs import registry
-from neuralcodec.codecs.hyperprior import Hyperprior, NarrowConfig
+from neuralcodec.codecs.hyperprior import Config, Hyperprior
 from neuralcodec.codecs.weights import load_weights
 from neuralcodec.eval.metrics import ms_ssim_tensor
 from neuralcodec.train import loop
-from neuralcodec.train.data import Crops, load_folder, shrunk
+from neuralcodec.train.data import Crops, load_folder
 from neuralcodec.train.freeze import freeze_checkpoint
 from neuralcodec.train.klt import start_at_klt
 from neuralcodec.train.loop import Recipe, rd_loss, train, transfer
@@ -105,16 +105,6 @@ def test_crops_are_parts_of_pictures_and_repeatable():
 # --- optimiser and start --------------------------------------------------------------------------------------------
 
 
-def test_pictures_are_made_smaller():
-    ramp = torch.arange(64, dtype=torch.uint8).mul(3).expand(2, 3, 32, 64)
-    whole, half = shrunk([ramp], [1.0, 0.5])[::-1]
-    assert whole is ramp and half.shape == (2, 3, 16, 32) and half.dtype == torch.uint8
-    means = ramp.float().unflatten(3, (32, 2)).mean(4)[:, :, ::2]
-    assert (half - means)[..., 2:-2].abs().max() <= 1  # a linear slope stays one
-    noise = torch.randint(0, 256, (1, 3, 128, 128), dtype=torch.uint8)
-    assert shrunk([noise], [0.5])[0].float().std() < 0.7 * noise.float().std()  # averaged, not decimated
-
-
 def test_orthogonalise_gives_even_singular_values():
     torch.manual_seed(1)
     for shape in ((16, 40), (40, 16)):
@@ -180,7 +170,7 @@ def test_new_blocks_rest_at_first():
     """A codec with more blocks at H/16 goes on from one without: at first it does the same."""
     small = registry.codec_class("hyperprior").from_preset("test")
     config = small.config
-    large = Hyperprior(NarrowConfig(config.widths, (1, 1, 1), (1, 1, 2), config.latent, 24))
+    large = Hyperprior(Config(config.widths, (1, 1, 1), (1, 1, 2), config.latent, 24))
     said = transfer(large, small.state_dict())
     assert said.startswith(f"{len(small.state_dict())} of ")
     x, level = torch.rand(1, 3, 64, 64), torch.tensor([400.0])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..codecs.base import ImageCodec
-from .optim import ADAM_BETAS, ADAM_EPS, MOMENTUM, NEWTON_SCHULZ, NEWTON_STEPS, RMS, Muon, optimisers
+from .optim import Muon, orthogonalise
 
 WARM_UP = 4  # steps before the capture, in which libraries choose their algorithms; weights are put back afterwards
 BUCKET_ROWS, BUCKET_COLUMNS = 32, 128  # sizes of matrices are rounded up to multiples of these
@@ -34,20 +34,23 @@ def _flat_view(flat: Tensor, at: int, p: Tensor) -> Tensor:
 class Step:
     """``step(x, level, factor, decay)`` trains once on x (B, 3, h, w) at level (B,); -> figures, device scalars by name.
 
-    ``codec`` and ``ema`` must be on their device; ``compiled`` has g_a and g_s compiled. The shapes of the first call are
-    those of all: other shapes, or other parts that rest, want another Step that takes the ``state_dict`` of this one.
+    ``codec`` and ``ema`` must be on their device; ``optimisers`` (those of ``optim.optimisers``) say what moves how fast, and
+    are not used themselves; ``compiled`` has g_a and g_s compiled. The shapes of the first call are those of all: other
+    shapes, or other parts that rest, want another Step that takes the ``state_dict`` of this one.
     """
 
-    def __init__(self, codec: ImageCodec, ema: ImageCodec, recipe: Any, objective: Any, compiled: bool = False):
+    def __init__(self, codec: ImageCodec, ema: ImageCodec, optimisers: list[torch.optim.Optimizer], recipe: Any,
+                 objective: Any, compiled: bool = False):  # fmt: skip
         self.codec, self.recipe, self.objective = codec, recipe, objective
         self.device = next(codec.parameters()).device
         names = {id(p): n for n, p in codec.named_parameters()}
-        kinds = optimisers(codec, recipe.optimiser, recipe.lr, recipe.muon_lr, recipe.latent_factor)
-        groups = [(isinstance(kind, Muon), group) for kind in kinds for group in kind.param_groups]
-        ordered = [(p, muon, group["lr"]) for muon, group in groups for p in group["params"]]
+        groups = [(isinstance(kind, Muon), group) for kind in optimisers for group in kind.param_groups]
+        groups.sort(key=lambda g: g[0])  # Adam's first
+        self.settings = dict(groups)  # of either kind; alike in all its groups but for the rates
+        ordered = [(p, muon, group["peak"]) for muon, group in groups for p in group["params"]]
         self.params = [p for p, *_ in ordered]
         n = sum(p.numel() for p in self.params)
-        self.adam = sum(p.numel() for p, muon, _ in ordered if not muon)  # these come first
+        self.adam = sum(p.numel() for p, muon, _ in ordered if not muon)  # see above
         new = {"device": self.device, "dtype": torch.float32}
         self.p, self.g, self.average = (torch.zeros(n + 1, **new) for _ in range(3))  # the last place is padding's
         self.momentum = torch.zeros(n - self.adam + 1, **new)
@@ -71,7 +74,7 @@ class Step:
                 self.trained[at : at + p.numel()] = float(p.requires_grad)
                 if muon:
                     index = (at - self.adam + torch.arange(p.numel(), device=self.device)).view(len(p), -1)
-                    scale = rate * RMS * max(index.shape) ** 0.5
+                    scale = rate * self.settings[True]["rms"] * max(index.shape) ** 0.5
                     index = index.T if index.shape[0] > index.shape[1] else index
                     rows, columns = (-(-s // b) * b for s, b in zip(index.shape, (BUCKET_ROWS, BUCKET_COLUMNS)))
                     padded = index.new_full((rows, columns), n - self.adam)
@@ -118,29 +121,26 @@ class Step:
         self.figures = names, values
 
     def _adam(self, g: Tensor) -> None:
-        a, b = ADAM_BETAS
+        if not self.adam:
+            return
+        a, b = self.settings[False]["betas"]
         self.count += 1
         self.first.lerp_(g, 1 - a)
         self.second.mul_(b).addcmul_(g, g, value=1 - b)
         first = self.first / (1 - a**self.count)
-        second = (self.second / (1 - b**self.count)).sqrt_().add_(ADAM_EPS)
+        second = (self.second / (1 - b**self.count)).sqrt_().add_(self.settings[False]["eps"])
         self.p[: self.adam] -= self.factor * self.adam_rate * self.trained[: self.adam] * first / second
 
     def _muon(self, g: Tensor) -> None:
         if not self.buckets:
             return
-        self.momentum.mul_(MOMENTUM).add_(g)
-        update = g + MOMENTUM * self.momentum
+        keep = self.settings[True]["momentum"]
+        self.momentum.mul_(keep).add_(g)
+        update = g + keep * self.momentum
         update[-1:].zero_()  # not ``update[-1] = 0``, which copies from the host
         result = torch.zeros_like(update)
-        a, b, c = NEWTON_SCHULZ
         for index, scale in self.buckets:
-            x = update[index]
-            x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-            for _ in range(NEWTON_STEPS):
-                s = x @ x.mT
-                x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
-            result[index] = x * scale
+            result[index] = orthogonalise(update[index]) * scale
         self.p[self.adam : -1] -= self.factor * self.trained[self.adam :] * result[:-1]
 
     def _capture(self) -> None:

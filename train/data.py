@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -33,24 +32,6 @@ def load_folder(folder: Path, cache: Path | None = None) -> list[Tensor]:
     if cache is not None:
         np.savez(cache, *stacks)
     return [torch.from_numpy(s) for s in stacks]
-
-
-def shrunk(stacks: list[Tensor], factors: list[float]) -> list[Tensor]:
-    """uint8 stacks (n, 3, h, w) once at each size ``factor`` * (h, w), 1.0 as they are; larger sizes last.
-
-    Photographs that come as JPEG hold its quantisation noise and lack what it took away, and a codec that learns from them
-    expects both; made smaller they are clean.
-    """
-    result = []
-    for factor in factors:
-        for stack in stacks:
-            if factor == 1:
-                result.append(stack)
-                continue
-            size = [round(side * factor) for side in stack.shape[2:]]
-            parts = (F.interpolate(part.float(), size=size, mode="bicubic", antialias=True) for part in stack.split(32))
-            result.append(torch.cat([part.add_(0.5).clamp_(0, 255).to(torch.uint8) for part in parts]))
-    return sorted(result, key=lambda s: s.shape[2] * s.shape[3])
 
 
 class Crops:

@@ -32,7 +32,7 @@ from ..codecs.base import LEVELS, ImageCodec
 from ..eval.metrics import MS_SSIM_WEIGHTS, WINDOW, ms_ssim_tensor
 from ..nn.transforms import deepened
 from .captured import Step
-from .data import Crops, load_folder, shrunk
+from .data import Crops, load_folder
 from .files import read_recipe, save
 from .klt import start_at_klt
 from .optim import optimisers
@@ -59,7 +59,6 @@ class Recipe:
     start: str = "noise"  # or "klt": see klt.py
     klt_pictures: int = 192
     seed: int = 0
-    shrink: list[float] = field(default_factory=lambda: [1.0])  # sizes of the pictures that crops are taken from
     distortion: str = "mse"  # or "ms-ssim"
     distil_until: list[float] = field(default_factory=lambda: [0.15, 0.5])  # fractions of the run that end stages 1 and 2
     channel_order: str = "match"  # or "rank": which teacher channel a student channel follows, see distill.py
@@ -206,7 +205,7 @@ def train(codec: ImageCodec, stacks: list[Tensor], recipe: Recipe, out: Path, *,
     model: Any = None
     half = torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else nullcontext()
     held_out = stacks[-1][-16:]  # of the largest size; never seen by the crops below
-    stacks = shrunk([*stacks[:-1], stacks[-1][:-16]], recipe.shrink)
+    stacks = [*stacks[:-1], stacks[-1][:-16]]
     crops, stage = None, None
     log = (out / "log.jsonl").open("a") if rank == 0 else None
     started, window, last_saved, pixels_seen = time.monotonic() - spent, [], time.monotonic(), 0
@@ -239,7 +238,7 @@ def train(codec: ImageCodec, stacks: list[Tensor], recipe: Recipe, out: Path, *,
                 model = torch.nn.parallel.DistributedDataParallel(codec, find_unused_parameters=True)
             if captured:
                 moments = whole.state_dict() if whole else moments
-                whole = Step(codec, ema, recipe, objective, compile_model)
+                whole = Step(codec, ema, opts, recipe, objective, compile_model)
                 if moments is not None:
                     whole.load_state_dict(moments)
             elif compile_model:

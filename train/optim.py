@@ -11,27 +11,24 @@ import torch
 from torch import Tensor
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-NEWTON_STEPS = 5
-MOMENTUM, RMS = 0.95, 0.2
-ADAM_BETAS, ADAM_EPS = (0.9, 0.98), 1e-9
 
 
-def orthogonalise(g: Tensor, steps: int = NEWTON_STEPS) -> Tensor:
-    """Nearest semi-orthogonal matrix of g (m, n), roughly: singular values end in about 0.7..1.2."""
+def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
+    """Nearest semi-orthogonal matrices of g (..., m, n), roughly: singular values end in about 0.7..1.2."""
     a, b, c = NEWTON_SCHULZ
-    tall = g.shape[0] > g.shape[1]
-    x = g.T if tall else g
-    x = x / (x.norm() + 1e-7)
+    tall = g.shape[-2] > g.shape[-1]
+    x = g.mT if tall else g
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        s = x @ x.T
+        s = x @ x.mT
         x = a * x + (b * s + c * s @ s) @ x
-    return x.T if tall else x
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum; parameters of two or more dimensions only."""
 
-    def __init__(self, params, lr: float, momentum: float = MOMENTUM, rms: float = RMS):
+    def __init__(self, params, lr: float, momentum: float = 0.95, rms: float = 0.2):
         super().__init__(params, {"lr": lr, "momentum": momentum, "rms": rms})
 
     @torch.no_grad()
@@ -64,7 +61,7 @@ def optimisers(model: torch.nn.Module, kind: str, lr: float, muon_lr: float,
         parts = [{"params": groups[big, mine], "lr": rate * (latent if mine else 1.0)}
                  for mine in (False, True) if (big, mine) in groups]  # fmt: skip
         if parts:
-            result.append(Muon(parts, lr=rate) if big else torch.optim.Adam(parts, lr=rate, betas=ADAM_BETAS, eps=ADAM_EPS))
+            result.append(Muon(parts, lr=rate) if big else torch.optim.Adam(parts, lr=rate, betas=(0.9, 0.98), eps=1e-9))
     for optimiser in result:
         for group in optimiser.param_groups:
             group["peak"] = group["lr"]

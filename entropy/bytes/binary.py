@@ -16,6 +16,7 @@ import numpy as np
 from numba import njit
 
 from ...container.errors import CorruptStream
+from ..binary import code_bit
 from .mixing import (
     MAP_START,
     STRETCH,
@@ -23,7 +24,6 @@ from .mixing import (
     apm_p16,
     apm_table,
     bucket_table,
-    code_bit,
     coder_finish,
     coder_start,
     fetch_bucket,
@@ -453,7 +453,7 @@ def code(
                 r2 = apm_p16(apm2, a2, s)
                 p = (4 * p + r0 + r1 + 2 * r2 + 4) >> 3
             p = min(max(p, 1), 65535)
-            bit = code_bit(coder, stream, (byte >> (7 - position)) & 1, p, decoding)
+            bit = code_bit((byte >> (7 - position)) & 1, p, coder, stream, decoding)
             # learn
             for k in range(_SETS):
                 mix_train(inputs, weights, set_at[k], width, bit, set_p[k], now)

@@ -51,7 +51,7 @@ SQUASH, STRETCH, SLOT_RATE, MAP_RATE = _tables()
 """SQUASH[s + CLAMP] = p16; STRETCH[p >> 4] of a p16; rates 65536 / (n + 1.6) and 65536 / (n + 1.5)."""
 
 
-# --- binary arithmetic coder ------------------------------------------------------------------------------------------
+# --- ends of the binary arithmetic coder, see entropy/binary.py -------------------------------------------------------
 # state int64[4]: low, high, code (decoder), position in the buffer
 
 
@@ -66,34 +66,6 @@ def coder_start(state, buffer, decoding):
         for _ in range(4):
             state[2] = (state[2] << 8) | (buffer[state[3]] if state[3] < len(buffer) else 0)
             state[3] += 1
-
-
-@njit(cache=True)
-def code_bit(state, buffer, bit, p16, decoding):
-    """Code ``bit``, or find it when ``decoding``; the bit. ``p16`` in 1..65535.
-
-    The position ``state[3]`` runs on when the buffer is full (the encoder must look) or at its end (zeros are read).
-    """
-    low, high = state[0], state[1]
-    middle = low + (((high - low) * p16) >> 16)
-    if decoding:
-        bit = 1 if state[2] <= middle else 0
-    if bit:
-        high = middle
-    else:
-        low = middle + 1
-    while (low ^ high) & 0xFF000000 == 0:
-        at = state[3]
-        if decoding:
-            state[2] = ((state[2] << 8) & 0xFFFFFFFF) | (buffer[at] if at < len(buffer) else 0)
-        elif at < len(buffer):
-            buffer[at] = high >> 24
-        state[3] = at + 1
-        low = (low << 8) & 0xFFFFFFFF
-        high = ((high << 8) & 0xFFFFFFFF) | 255
-    state[0] = low
-    state[1] = high
-    return bit
 
 
 @njit(cache=True)

@@ -20,6 +20,7 @@ from numba import njit
 
 from ...container.errors import CorruptStream
 from ...container.format import read_varint, varint
+from ..binary import code_bit
 from .binary import (
     ABOVE,
     CLASSES,
@@ -49,7 +50,6 @@ from .mixing import (
     apm_p16,
     apm_table,
     bucket_table,
-    code_bit,
     coder_finish,
     coder_start,
     fetch_bucket,
@@ -384,7 +384,7 @@ def _code(
                 r2 = apm_p16(apm2, a2, s)
                 p = (6 * p + r1 + r2 + 4) >> 3
             p = min(max(p, 1), 65535)
-            bit = code_bit(coder, stream, (token >> (depth - 1 - level)) & 1, p, decoding)
+            bit = code_bit((token >> (depth - 1 - level)) & 1, p, coder, stream, decoding)
             # learn
             for j in range(sets):
                 mix_train(inputs, weights, set_at[j], width, bit, set_p[j], mixer_rate + early)
@@ -459,7 +459,7 @@ def _code_breaks(text, margin, breaks, stream, coder, decoding):
         inputs[2] = stretch(map_p16(fine[d]))
         s = mix_dot(inputs, weights, over * 4, 4)
         p = min(max(squash(s), 1), 65535)
-        bit = code_bit(coder, stream, np.int64(breaks[i]), p, decoding)
+        bit = code_bit(np.int64(breaks[i]), p, coder, stream, decoding)
         mix_train(inputs, weights, over * 4, 4, bit, p, 300)
         maps[a] = map_next(maps[a], bit, 255)
         maps[b] = map_next(maps[b], bit, 60)

@@ -100,13 +100,6 @@ def coordinates(h: int, w: int, device: torch.device | str = "cpu") -> tuple[Ten
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def on_device(values: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
-    """``values`` as a tensor that is copied once: a training step that is captured as a graph can't copy."""
-    return torch.tensor(values, device=device)
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
 def window_anchors(h: int, w: int, side: int, device: torch.device | str = "cpu") -> Tensor:
     """(h*w, side*side) bool: whether that token of the window around each position is an anchor of the picture."""
     mask = F.pad(anchor_mask(h, w, device), (side // 2,) * 4).reshape(-1)
@@ -488,7 +481,8 @@ class CentreContext(nn.Module):
         self.keys = ExactConv2d(channels, 2 * d, 1)
         centre = self.side // 2
         rows, cols = coordinates(self.side, self.side)
-        self.tokens = tuple(((rows + cols) % 2 != (2 * centre) % 2).nonzero()[:, 0].tolist())
+        tokens = ((rows + cols) % 2 != (2 * centre) % 2).nonzero()[:, 0]
+        self.register_buffer("tokens", tokens, persistent=False)  # lies where the net does: nothing is copied in a pass
         self.rotary = Rotary(cfg.head) if cfg.rope else None
         self.offsets = None if cfg.rope else Offsets(self.heads, len(self.tokens), torch.arange(len(self.tokens))[None])
         self.softmax = tools.softmax
@@ -497,7 +491,7 @@ class CentreContext(nn.Module):
     def forward(self, current: Map, features: Map, where: Tensor) -> Map:
         b, _, h, w = current.shape
         side, heads, head, exact = self.side, self.heads, self.head, isinstance(current, Grid)
-        picked = on_device(self.tokens, where.device)
+        picked = self.tokens
         index = patch_index(h, w, side, 1, w + side - 1, where.device)[where][:, picked]
         n, k_tokens = index.shape
         around = windows(self.keys(current), index, side // 2)
