@@ -83,18 +83,28 @@ class WithLatent(Codec):
         self.latent.set_tables(tables["z"], tables["y"])
 
     def arrays(self) -> dict[str, np.ndarray]:
-        mixing = self.latent.mixing
-        return {f"mixing.{name}": array for name, array in mixing.to_arrays().items()} if mixing else {}
+        parts = {"mixing": self.latent.mixing, "hyper_mixing": self.latent.hyper_mixing}
+        return {f"{part}.{name}": array for part, start in parts.items() if start for name, array in start.to_arrays().items()}
 
     def set_arrays(self, arrays: dict[str, np.ndarray]) -> None:
-        self.latent.mixing = None
-        if arrays:
-            from ..entropy.latent_mixing import Start  # brings a compiler
+        latent = self.latent
+        latent.mixing = latent.hyper_mixing = None
+        parts: dict[str, dict[str, np.ndarray]] = {}
+        for key, array in arrays.items():
+            part, name = key.split(".")
+            parts.setdefault(part, {})[name] = array
+        if parts:
+            from ..entropy.latent_mixing import HyperStart, Start  # brings a compiler
 
-            start = Start.from_arrays({name.removeprefix("mixing."): array for name, array in arrays.items()})
-            if len(start.taps) != self.latent.cfg.channels:
+            latent.mixing = Start.from_arrays(parts.pop("mixing"))
+            if len(latent.mixing.taps) != latent.cfg.channels:
                 raise ValueError("mixing: made for another number of channels")
-            self.latent.mixing = start
+            if "hyper_mixing" in parts:
+                latent.hyper_mixing = HyperStart.from_arrays(parts.pop("hyper_mixing"))
+                if len(latent.hyper_mixing.start.taps) != latent.cfg.hyper:
+                    raise ValueError("mixing of z: made for another number of channels")
+            if parts:
+                raise ValueError("arrays that this codec does not have")
 
 
 class ImageCodec(Codec):

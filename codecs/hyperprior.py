@@ -39,7 +39,8 @@ class Hyperprior(LatentCodec):
     name = "hyperprior"
     presets = {
         "test": _TEST,
-        "test-mixed": _TEST,  # with context mixing of the latent
+        "test-mixed": _TEST,  # with context mixing of y
+        "test-mixed-both": _TEST,  # and of z
         "light": Config(_LIGHT.widths, (2, 1, 1), (2, 2, 1), _LIGHT.latent, 128),
         # without the blocks at H/16, trained for MS-SSIM
         "light-ms-ssim": replace(_LIGHT, latent=replace(_LIGHT.latent, lambda_low=0.0008, lambda_high=0.5)),

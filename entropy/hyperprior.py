@@ -35,7 +35,7 @@ from .levels import LevelBias, interpolate
 from .tables import Tables
 
 if TYPE_CHECKING:  # its library is for coding: training does without
-    from .latent_mixing import Start
+    from .latent_mixing import HyperStart, Start
 
     Put = Callable[[slice, Tensor, Tensor, Tensor, Tensor | None], None]
 
@@ -98,6 +98,7 @@ class ContextHyperprior(Freezable):
         self.prior = FactorizedPrior(cfg.hyper)
         self.rounding = round_ste  # of v = (y - mu) * gain to symbols; an encoder that searches puts its own here
         self.mixing: Start | None = None  # codes y by context mixing; without it, by the tables alone
+        self.hyper_mixing: HyperStart | None = None  # the same for z, where there is one for y
         self.rounded_rate = False  # training only: take rates at rounded symbols instead of noisy ones
         self.models = nn.ModuleList()
         known = 0
@@ -272,20 +273,24 @@ class ContextHyperprior(Freezable):
         from .coder import Encoder
 
         encoder = Encoder()
-        encoder.put(*_flat(z), self.z_tables)
         if self.mixing is None:
+            encoder.put(*_flat(z), self.z_tables)
             y_hat = self.passes(y, z, level, self._plainly(encoder))
             return encoder.finish(), y_hat
         from .latent_mixing import MixedEncoder, joined
 
         mixed = MixedEncoder(self.mixing, self.y_tables, *y.shape[2:])
+        if self.hyper_mixing is None:
+            encoder.put(*_flat(z), self.z_tables)
+        else:
+            mixed.put_hyper(self.hyper_mixing, _host(z).reshape(z.shape[1:]), level, self.cfg.levels)
 
         def put(mine: slice, where: Tensor, q: Tensor, index: Tensor, coded: Tensor | None) -> None:
             which = None if coded is None else coded[0].cpu().numpy()
             mixed.put(mine, *(t.cpu().numpy() for t in (where, q[0], index[0])), which)
 
         y_hat = self.passes(y, z, level, put)
-        return joined(encoder.finish(), mixed.finish()), y_hat
+        return mixed.finish() if self.hyper_mixing else joined(encoder.finish(), mixed.finish()), y_hat
 
     def ideal_bits(self, y: Tensor, z: Tensor, level: int) -> float:
         """What the integer tables charge for the symbols of ``compress``: the estimate beside the real bytes.
@@ -331,14 +336,17 @@ class ContextHyperprior(Freezable):
 
         device = self.step_q.device
         shape = (1, self.cfg.hyper, h // 4, w // 4)
-        mixed = None
+        mixed, decoder = None, None
         if self.mixing is not None:
             from .latent_mixing import MixedDecoder, parted
 
-            payload, rest = parted(payload)
+            payload, rest = (b"", payload) if self.hyper_mixing else parted(payload)
             mixed = MixedDecoder(rest, self.mixing, self.y_tables, h, w)
-        decoder = Decoder(payload)
-        z = decoder.get(np.repeat(np.arange(shape[1]), shape[2] * shape[3]), self.z_tables)
+        if mixed is not None and self.hyper_mixing is not None:
+            z = mixed.get_hyper(self.hyper_mixing, *shape[2:], level, self.cfg.levels)
+        else:
+            decoder = Decoder(payload)
+            z = decoder.get(np.repeat(np.arange(shape[1]), shape[2] * shape[3]), self.z_tables)
         if np.abs(z).max() > HYPER_MAX:
             raise CorruptStream("entropy payload: a hyper-latent is out of range")
         z = torch.from_numpy(z).reshape(shape).to(device)
@@ -359,9 +367,9 @@ class ContextHyperprior(Freezable):
             return torch.zeros_like(mu.q).masked_scatter_(coded, read)
 
         y_hat = self._code(z, level, read)
-        decoder.finish()
-        if mixed is not None:
-            mixed.finish()
+        for read_out in (decoder, mixed):
+            if read_out is not None:
+                read_out.finish()
         return (y_hat * 2.0**-ACT_FRAC).float()
 
 

@@ -7,6 +7,9 @@ integers. Contexts are how large the symbols around are beside what their rows p
 from its neighbours in the channel; the second makes most of the gain, for signs of anchors above all. Counts, mixing weights
 and taps of the prediction start at what the training pictures left (``train/mixing.py``), and adapt while a tile is coded.
 
+The hyper-latent z goes the same way where there is a ``HyperStart``: no network predicts it, so its rows are those that fit a
+channel at a level, and the contexts do what the fixed table of a channel cannot.
+
 Byte-level description: ``SPEC.md`` beside this file.
 """
 
@@ -16,12 +19,14 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
+import torch
 from numba import njit
 
 from ..container.errors import CorruptStream
 from ..container.format import read_varint, varint
 from . import binary
 from .binary import REACH, SQUASH, STRETCH, code_bit, code_tail, learned, raw_bits
+from .levels import interpolate
 from .tables import PRECISION, Tables
 
 UNARY = 14  # decisions on the size of a symbol; whatever is larger goes on with an Exp-Golomb code
@@ -269,6 +274,42 @@ class Start:
         return self.chances.astype(np.uint32) << 16 | self.counts
 
 
+HYPER_UNIT = 256  # of the rows and offsets of z
+
+
+@dataclass(frozen=True, eq=False)
+class HyperStart:
+    """Where mixing of z starts. ``rows`` and ``offsets``: int16 (knots, C) in 1/256, linear between knots of the quality range:
+    the row of the scale table of a channel, and what is taken off its symbols first."""
+
+    rows: np.ndarray
+    offsets: np.ndarray
+    start: Start
+
+    def __post_init__(self) -> None:
+        channels = len(self.start.taps)
+        if self.rows.shape != self.offsets.shape or self.rows.shape[1:] != (channels,) or len(self.rows) < 2:
+            raise ValueError("mixing of z: the arrays do not fit each other")
+        if self.rows.min() < 0 or self.rows.max() > (ROWS - 1) * HYPER_UNIT:
+            raise ValueError("mixing of z: a row is out of range")
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Plain arrays for a weights file."""
+        return {"rows": self.rows, "offsets": self.offsets, **self.start.to_arrays()}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> HyperStart:
+        """Inverse of ``to_arrays``; ValueError where they do not fit each other."""
+        own = (np.ascontiguousarray(arrays[name], np.int16) for name in ("rows", "offsets"))
+        return cls(*own, Start.from_arrays(arrays))
+
+    def at(self, level: int, levels: int) -> tuple[np.ndarray, np.ndarray]:
+        """(rows, offsets) int32 (C,) at ``level`` 0..levels."""
+        mixed = (interpolate(torch.from_numpy(t), level, levels).numpy() for t in (self.rows, self.offsets))
+        rows, offsets = (np.asarray((t + HYPER_UNIT // 2) // HYPER_UNIT, np.int32) for t in mixed)
+        return rows, offsets
+
+
 @lru_cache(maxsize=16)
 def _chances(tables: Tables) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(chances, logits, expected, low_bits) of the decisions of each row of the scale table (Tables hashes by identity)."""
@@ -333,20 +374,44 @@ def parted(payload: bytes) -> tuple[bytes, bytes]:
 WORST = 40  # bytes that a symbol may take
 
 
+class _Hyper:
+    """z of a tile on its way through a coder that y will use after it."""
+
+    def __init__(self, start: HyperStart, tables: Tables, h: int, w: int, level: int, levels: int, coder: np.ndarray):
+        self.mixer = _Mixer(start.start, tables, h, w)
+        self.mixer.coder = coder
+        rows, self.offsets = start.at(level, levels)
+        self.mixer.rows[:] = rows[:, None, None]
+
+    def run(self, buf: np.ndarray, decode: bool) -> None:
+        for half in (0, 1):
+            self.mixer.run(slice(0, len(self.offsets)), half, buf, decode)
+
+
 class MixedEncoder:
-    """Codes a tile's passes in the order in which a ``MixedDecoder`` will ask for them."""
+    """Codes a tile's z, if it is to be mixed, and passes, in the order in which a ``MixedDecoder`` will ask for them."""
 
     def __init__(self, start: Start, tables: Tables, h: int, w: int):
-        self.mixer, self.buf = _Mixer(start, tables, h, w), np.zeros(1 << 16, np.uint8)
+        self.mixer, self.buf, self.tables = _Mixer(start, tables, h, w), np.zeros(1 << 16, np.uint8), tables
+
+    def _make_room(self, symbols: int) -> None:
+        used = int(self.mixer.coder[3])
+        if used + WORST * symbols + 64 > len(self.buf):
+            self.buf = np.concatenate([self.buf[:used], np.zeros(2 * WORST * symbols + used + 64, np.uint8)])
+
+    def put_hyper(self, start: HyperStart, z: np.ndarray, level: int, levels: int) -> None:
+        """z (C, h, w) int32 at ``level`` 0..levels, before everything else."""
+        self._make_room(z.size)
+        hyper = _Hyper(start, self.tables, *z.shape[1:], level, levels, self.mixer.coder)
+        hyper.mixer.q[:] = z - hyper.offsets[:, None, None]
+        hyper.run(self.buf, False)
 
     def put(self, mine: slice, where: np.ndarray, q: np.ndarray, rows: np.ndarray, coded: np.ndarray | None = None) -> None:
         """Symbols q (c, n) int32 of the channels ``mine`` at flat positions ``where`` (n,), with their rows (c, n) uint8."""
         mixer = self.mixer
         mixer.take_rows(mine, where, rows, coded)
         mixer.q.reshape(len(mixer.q), -1)[mine, where] = q
-        used = int(mixer.coder[3])
-        if used + WORST * q.size + 64 > len(self.buf):
-            self.buf = np.concatenate([self.buf[:used], np.zeros(2 * WORST * q.size + used + 64, np.uint8)])
+        self._make_room(q.size)
         mixer.run(mine, int(where[0] != 0), self.buf, False)
 
     def finish(self) -> bytes:
@@ -360,16 +425,26 @@ class MixedDecoder:
     """Gives back what a ``MixedEncoder`` took."""
 
     def __init__(self, payload: bytes, start: Start, tables: Tables, h: int, w: int):
-        self.mixer, self.buf = _Mixer(start, tables, h, w), np.frombuffer(payload, np.uint8).copy()
+        self.mixer, self.buf, self.tables = _Mixer(start, tables, h, w), np.frombuffer(payload, np.uint8).copy(), tables
         self.mixer.coder = binary.start(payload)
+
+    def _check(self) -> None:
+        if self.mixer.coder[3] > len(self.buf) + 4:
+            raise CorruptStream("entropy payload: it ends early")
+
+    def get_hyper(self, start: HyperStart, h: int, w: int, level: int, levels: int) -> np.ndarray:
+        """z (C, h, w) int32. CorruptStream where the payload ended long before."""
+        hyper = _Hyper(start, self.tables, h, w, level, levels, self.mixer.coder)
+        hyper.run(self.buf, True)
+        self._check()
+        return hyper.mixer.q + hyper.offsets[:, None, None]
 
     def get(self, mine: slice, where: np.ndarray, rows: np.ndarray, coded: np.ndarray | None = None) -> np.ndarray:
         """Symbols (c, n) int32; zero where nothing is coded. CorruptStream where the payload ended long before."""
         mixer = self.mixer
         mixer.take_rows(mine, where, rows, coded)
         mixer.run(mine, int(where[0] != 0), self.buf, True)
-        if mixer.coder[3] > len(self.buf) + 4:
-            raise CorruptStream("entropy payload: it ends early")
+        self._check()
         return mixer.q.reshape(len(mixer.q), -1)[mine, where]
 
     def finish(self) -> None:

@@ -77,6 +77,11 @@ class ReferenceMixed:
         self.e = [[[0] * w for _ in range(h)] for _ in range(c)]  # E of the row of each cell
         self.seen, self.due = ([[0] * w for _ in range(h)] for _ in range(2))
 
+    def follow(self, other: ReferenceMixed) -> None:
+        """Go on in the payload where another one is."""
+        for name in ("at", "low", "high", "code"):
+            setattr(self, name, getattr(other, name))
+
     def bit(self, p: int = 32768) -> int:
         span = self.high - self.low
         middle = self.low + span // 65536 * p + span % 65536 * p // 65536
@@ -206,7 +211,8 @@ class ReferenceLatent:
         for which in "zy":
             widths, lengths, offsets = (tensors[f"tables.{which}.{k}"] for k in ("widths", "lengths", "offsets"))
             self.tables[which] = [r.tolist() for r in np.split(widths, np.cumsum(lengths)[:-1])], offsets.tolist()
-        self.mixing = {k.removeprefix("arrays.mixing."): v for k, v in tensors.items() if k.startswith("arrays.mixing.")}
+        self.mixing, self.hyper_mixing = ({k.removeprefix(part): v for k, v in tensors.items() if k.startswith(part)}
+                                          for part in ("arrays.mixing.", "arrays.hyper_mixing."))  # fmt: skip
         self.slices = slices
 
     def conv(self, name: str, x: np.ndarray) -> np.ndarray:
@@ -222,8 +228,8 @@ class ReferenceLatent:
                 total += np.einsum("oc,chw->ohw", weight[:, :, i, j], padded[:, i : i + h, j : j + w])
         return clamp(shift(total + (bias << s)[:, None, None], s))
 
-    def at_level(self, name: str, level: int) -> np.ndarray:
-        table = self.exact[name].astype(np.int64)
+    def at_level(self, table: str | np.ndarray, level: int) -> np.ndarray:
+        table = (self.exact[table] if isinstance(table, str) else table).astype(np.int64)
         p = level * (len(table) - 1)
         k = min(p // 1000, len(table) - 2)
         r = p - 1000 * k
@@ -231,17 +237,27 @@ class ReferenceLatent:
 
     def decode(self, payload: bytes, h: int, w: int, level: int) -> np.ndarray:
         """y^ (M, h, w) int64; AssertionError where the payload is damaged."""
-        mixed = None
-        if self.mixing:
+        mixed = coder = None
+        channels = len(self.tables["z"][0])
+        if self.mixing and not self.hyper_mixing:
             n, at = payload[0] & 127, 1
             while payload[at - 1] > 127:
                 n, at = n + ((payload[at] & 127) << 7 * at), at + 1
             payload, rest = payload[at : at + n], payload[at + n :]
             mixed = ReferenceMixed(rest, self.mixing, *self.tables["y"], h, w)
-        coder = ReferenceDecoder(payload)
-        channels = len(self.tables["z"][0])
-        count = h // 4 * (w // 4)
-        z = coder.values([c for c in range(channels) for _ in range(count)], *self.tables["z"])
+        if self.hyper_mixing:
+            rows, offsets = (shift(self.at_level(self.hyper_mixing[k], level), 8) for k in ("rows", "offsets"))
+            hyper = ReferenceMixed(payload, self.hyper_mixing, *self.tables["y"], h // 4, w // 4)
+            whole = np.broadcast_to(rows, (channels, h // 4, w // 4))
+            for half in (0, 1):
+                z = hyper.passes(range(channels), half, whole)
+            z = z + offsets
+            mixed = ReferenceMixed(payload, self.mixing, *self.tables["y"], h, w)
+            mixed.follow(hyper)
+        else:
+            coder = ReferenceDecoder(payload)
+            count = h // 4 * (w // 4)
+            z = coder.values([c for c in range(channels) for _ in range(count)], *self.tables["z"])
         x = np.array(z, np.int64).reshape(channels, h // 4, w // 4) * ONE
         x = relu(clamp(shuffle(self.conv("h_s1", x)) + self.at_level("h_s_bias.table_q", level)))
         features = relu(shuffle(self.conv("h_s3", relu(self.conv("h_s2", x)))))
@@ -268,7 +284,7 @@ class ReferenceLatent:
                 r = clamp(self.conv(f"{name}.lrp_out", relu(self.conv(f"{name}.lrp_in", seen)))[:, 0], ONE)
                 y_hat[own, mask] = clamp(mu + shift((q * 2 * ONE + r) * step[own, None], 21))
             first += size
-        assert coder.at_end() and (mixed is None or mixed.at_end())
+        assert all(c is None or c.at_end() for c in (coder, mixed))
         return y_hat
 
 

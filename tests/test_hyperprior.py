@@ -22,11 +22,20 @@ class TestMixed(ImageCodecContract):
     model = "hyperprior:test-mixed"
 
 
+class TestMixedBoth(ImageCodecContract):
+    """The hyper-latent too."""
+
+    model = "hyperprior:test-mixed-both"
+
+
+PRESETS = ("test", "test-mixed", "test-mixed-both")
+
+
 def reference(codec) -> ReferenceLatent:
     return ReferenceLatent(registry.weights_path(codec.name, codec.preset), codec.config.latent.slices)
 
 
-@pytest.mark.parametrize("preset", ["test", "test-mixed"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_a_decoder_made_from_the_spec_finds_the_golden_symbols(preset):
     codec = registry.load("hyperprior", preset)
     index = json.loads((GOLDEN / "index.json").read_text())
@@ -39,7 +48,7 @@ def test_a_decoder_made_from_the_spec_finds_the_golden_symbols(preset):
         assert symbols_hash(y_hat) == index[name]["symbols"]["0,0"]
 
 
-@pytest.mark.parametrize("preset", ["test", "test-mixed"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_a_decoder_made_from_the_spec_agrees_on_noise(preset):
     """Large symbols, escapes and clamps at the highest quality."""
     codec = registry.load("hyperprior", preset)

@@ -37,6 +37,7 @@ from .files import read_recipe, save
 from .klt import start_at_klt
 from .optim import optimisers
 from .plot import plot_run
+from .revive import dead_share
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Recipe:
     lr: float = 1e-3
     muon_lr: float = 2e-3
     latent_factor: float = 1.0  # on the rates of the entropy model, which bears and wants higher ones than the transform
+    factors: dict[str, float] = field(default_factory=dict)  # on the rates of parameters whose names begin so
     warmup_steps: int = 200
     decay_from: float = 0.3  # fraction of the run at which the cosine to zero begins
     decay_to: float = 1.0  # where it ends; what follows (a hard stage) starts again at ``tail`` and falls linearly
@@ -185,7 +187,7 @@ def train(codec: ImageCodec, stacks: list[Tensor], recipe: Recipe, out: Path, *,
         start_at_klt(codec.cpu(), stacks[-1][: recipe.klt_pictures])
         codec.to(device)
     ema = deepcopy(codec).requires_grad_(False)
-    opts = optimisers(codec, recipe.optimiser, recipe.lr, recipe.muon_lr, recipe.latent_factor)
+    opts = optimisers(codec, recipe.optimiser, recipe.lr, recipe.muon_lr, recipe.latent_factor, recipe.factors)
     captured = device.startswith("cuda") and world == 1 and not list(objective.parameters())
     whole: Step | None = None  # the captured step, of this stage
     moments: dict[str, Tensor] | None = None  # what it goes on from
@@ -216,7 +218,9 @@ def train(codec: ImageCodec, stacks: list[Tensor], recipe: Recipe, out: Path, *,
         save(out / "last.pt", {"model": codec.state_dict(), "ema": ema.state_dict(), "step": step, "seconds": seconds,
                                "objective": objective.state_dict(), "optimisers": [o.state_dict() for o in opts],
                                "captured": whole.state_dict() if whole else None, "recipe": vars(recipe)})  # fmt: skip
-        row = {"step": step, "minutes": seconds / 60, "validation": validate(ema, held_out)}
+        x = held_out[:4].to(device).float() / 255
+        dead = dead_share(ema, x, torch.linspace(0, LEVELS, len(x), device=device))
+        row = {"step": step, "minutes": seconds / 60, "dead": round(dead, 4), "validation": validate(ema, held_out)}
         log.write(json.dumps(row) + "\n")
         log.flush()
         print(json.dumps(row), flush=True)

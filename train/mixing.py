@@ -4,7 +4,8 @@
 
 gives the weights file of a frozen codec (back) its context mixing; ``codec freeze --mixing photos/`` does so at once. The taps
 of the prediction are least squares over symbols, each divided by the variance that its row promises; counts and mixing weights
-are those that are left after coding all pictures at five qualities each, in random order.
+are those that are left after coding all pictures at five qualities each, in random order. The rows of z are those of the
+scale table that would take the fewest bits.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from ..codecs import registry
 from ..codecs.base import LEVELS, LatentCodec
 from ..entropy.gaussian import SCALES
 from ..entropy.hyperprior import ContextHyperprior
-from ..entropy.latent_mixing import NEIGHBOURS, ROWS, SKIPPED, TAPS, Start, learn
+from ..entropy.latent_mixing import HYPER_UNIT, NEIGHBOURS, ROWS, SKIPPED, TAPS, HyperStart, Start, learn
 from .data import load_folder
 from .freeze import write_weights
 
 PICTURES, QUALITIES = 64, 5
 SIDE = 512  # of the part of a picture that is used
 RIDGE = 100.0
+HYPER_KNOTS = 5  # of the rows of z over the quality range
+HYPER_REACH = 30  # larger values of z count as these when rows are chosen
 Tile = tuple[np.ndarray, np.ndarray]
 """Symbols q (C, h, w) int32 and their rows (C, h, w) uint8."""
 
@@ -74,22 +77,54 @@ def fit_mixing(codec: LatentCodec, pictures: list[Tensor], count: int = PICTURES
     should say of it."""
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(len(pictures))[:count]
-    tiles = []
+    tiles, hyper = [], []
     for number in chosen:
         h, w = (min(n, SIDE) // 64 * 64 for n in pictures[number].shape[1:])
         x = pictures[number][None, :, :h, :w].float() / 255
         levels = (np.arange(QUALITIES) + rng.random(QUALITIES)) * LEVELS / QUALITIES
         for level in levels.astype(int).tolist():
             y = codec.analyse(x, level)
-            tiles.append(observe(codec.latent, y, codec.latent.analyse_hyper(y, level), level))
-    tiles = [tiles[i] for i in rng.permutation(len(tiles))]
-    return {"pictures": len(chosen), "qualities": QUALITIES, "y_bytes_over_tables": fit(codec.latent, tiles)}
+            z = codec.latent.analyse_hyper(y, level)
+            tiles.append(observe(codec.latent, y, z, level))
+            hyper.append((z[0].numpy().astype(np.int32), level))
+    order = rng.permutation(len(tiles))
+    said = {"pictures": len(chosen), "qualities": QUALITIES, "y_bytes_over_tables": fit(codec.latent, [tiles[i] for i in order])}
+    return said | {"z_bytes_over_tables": fit_hyper(codec.latent, [hyper[i] for i in order])}
 
 
 def fit(latent: ContextHyperprior, tiles: list[Tile]) -> float:
     """Let a frozen entropy model mix, from what these tiles leave; the bytes of y that they took over those by tables alone."""
     plain = sum(latent.y_tables.bits(q[rows != SKIPPED], rows[rows != SKIPPED]).sum() for q, rows in tiles) / 8
     latent.mixing, taken = learn(Start.plain(fit_taps(tiles)), latent.y_tables, tiles, tuple(latent.cfg.slices))
+    return round(taken / plain, 4)
+
+
+def fit_hyper(latent: ContextHyperprior, seen: list[tuple[np.ndarray, int]]) -> float:
+    """Let a frozen entropy model mix z too, from what these z (C, h, w) at levels leave; its bytes over those by tables."""
+    channels, levels = latent.cfg.hyper, latent.cfg.levels
+    counts = np.zeros((HYPER_KNOTS, channels, 2 * HYPER_REACH + 1))
+    counts[:, :, HYPER_REACH] = 1e-3  # a knot that no picture is near
+    plain = 0.0
+    for z, level in seen:
+        flat = z.reshape(channels, -1)
+        plain += latent.z_tables.bits(flat.reshape(-1), np.repeat(np.arange(channels), flat.shape[1])).sum() / 8
+        near = np.maximum(1 - np.abs(level * (HYPER_KNOTS - 1) / levels - np.arange(HYPER_KNOTS)), 0)
+        own = np.clip(flat, -HYPER_REACH, HYPER_REACH) + HYPER_REACH
+        counts += near[:, None, None] * np.stack([np.bincount(row, minlength=counts.shape[2]) for row in own])
+    values = np.arange(-HYPER_REACH, HYPER_REACH + 1)
+    offsets = np.rint((counts * values).sum(2) / counts.sum(2)).astype(int)
+    shifted = values[None, :] - np.arange(-HYPER_REACH, HYPER_REACH + 1)[:, None]  # [offset, value]
+    cost = np.stack([latent.y_tables.bits(shifted.reshape(-1), np.full(shifted.size, row)).reshape(shifted.shape)
+                     for row in range(ROWS)])  # fmt: skip
+    rows = np.einsum("rkcv,kcv->kcr", cost[:, offsets + HYPER_REACH], counts).argmin(2)
+    begin = HyperStart((rows * HYPER_UNIT).astype(np.int16), (offsets * HYPER_UNIT).astype(np.int16),
+                       Start.plain(np.zeros((channels, 2, TAPS), np.int16)))  # fmt: skip
+    tiles = []
+    for z, level in seen:
+        row, offset = begin.at(level, levels)
+        tiles.append((z - offset[:, None, None], np.broadcast_to(row[:, None, None].astype(np.uint8), z.shape)))
+    start, taken = learn(Start.plain(fit_taps(tiles)), latent.y_tables, tiles, (channels,))
+    latent.hyper_mixing = HyperStart(begin.rows, begin.offsets, start)
     return round(taken / plain, 4)
 
 
@@ -113,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     from ..codecs.weights import load_weights
 
     load_weights(codec, path)
-    codec.latent.mixing = None
+    codec.latent.mixing = codec.latent.hyper_mixing = None
     card = json.loads(path.with_suffix(".json").read_text())
     about = fit_mixing(codec, training_pictures(args.data, args.cache), args.pictures)
     card = write_weights(codec, args.weights, card | {"training": card["training"] | {"mixing": about}})

@@ -46,20 +46,22 @@ class Muon(torch.optim.Optimizer):
                 p.add_(orthogonalise(update).view_as(p), alpha=-group["lr"] * scale)
 
 
-def optimisers(model: torch.nn.Module, kind: str, lr: float, muon_lr: float,
-               latent: float = 1.0) -> list[torch.optim.Optimizer]:  # fmt: skip
+def optimisers(model: torch.nn.Module, kind: str, lr: float, muon_lr: float, latent: float = 1.0,
+               factors: dict[str, float] | None = None) -> list[torch.optim.Optimizer]:  # fmt: skip
     """``adam`` for everything, or ``muon`` for kernels with at least 8 rows and columns and Adam for the rest.
 
-    Rates of the entropy model, ``model.latent``, are ``latent`` times the others'.
+    Rates of the entropy model, ``model.latent``, are ``latent`` times the others'. ``factors``: of the parameters whose names
+    begin so, the longest beginning that fits, on top of that.
     """
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    factors = {"": 1.0, **(factors or {})}
+    groups: dict[tuple[bool, float], list[torch.nn.Parameter]] = {}
     for name, p in model.named_parameters():
         big = kind == "muon" and p.ndim == 4 and min(p.shape[0], p[0].numel()) >= 8
-        groups.setdefault((big, name.startswith("latent.")), []).append(p)
+        factor = factors[max((start for start in factors if name.startswith(start)), key=len)]
+        groups.setdefault((big, factor * (latent if name.startswith("latent.") else 1.0)), []).append(p)
     result: list[torch.optim.Optimizer] = []
     for big, rate in ((False, lr), (True, muon_lr)):
-        parts = [{"params": groups[big, mine], "lr": rate * (latent if mine else 1.0)}
-                 for mine in (False, True) if (big, mine) in groups]  # fmt: skip
+        parts = [{"params": params, "lr": rate * factor} for (kernels, factor), params in groups.items() if kernels == big]
         if parts:
             result.append(Muon(parts, lr=rate) if big else torch.optim.Adam(parts, lr=rate, betas=(0.9, 0.98), eps=1e-9))
     for optimiser in result:
