@@ -13,7 +13,7 @@ the fast skeleton of ``nn.transforms`` with the slices of the control.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -25,7 +25,7 @@ from ..nn.blocks import LevelAffine, ResidualBlock, Upsample
 from ..nn.residual import StridedBlock, UpsamplingBlock
 from ..nn.swin import SwinStage
 from ..nn.transforms import PatchAnalysis, PatchSynthesis, patch_margins
-from .base import LatentCodec
+from .base import ADDED, LatentCodec
 
 HEADS, WINDOW = 8, 8
 SEEN = WINDOW + WINDOW // 2  # samples that a plain and a shifted attention block see to every side
@@ -43,6 +43,8 @@ class Config:
     decoder_blocks: tuple[int, int, int]
     latent: LatentConfig
     attention: bool = False
+    gates: bool = field(default=False, metadata=ADDED)
+    """Energy gates at H/4 and H/8, see ``nn.transforms``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +74,9 @@ class FEDS(LatentCodec):
         "test": Config((16, 16), (1, 1, 0), (1, 1, 0),
                        LatentConfig((8, 16), hyper=8, width=16, features=16, context=16, trunk=16, squeeze=16,
                                     residual=16)),
-        "light": Config((48, 72), (1, 1, 0), (1, 1, 0),
+        "light": Config((48, 72), (1, 0, 0), (1, 0, 0),
                         LatentConfig((32, 48, 64, 96), hyper=32, width=48, features=48, context=48, trunk=64,
-                                     squeeze=32, residual=32)),
+                                     squeeze=32, residual=32), gates=True),
         "base": Config((96, 160), (2, 2, 0), (2, 2, 0),
                        LatentConfig((32, 48, 80, 160), hyper=64, width=112, features=160, context=128, trunk=160,
                                     squeeze=96, residual=96)),
@@ -100,8 +102,8 @@ class FEDS(LatentCodec):
             self.synthesis_margin += SEEN // 2 * config.decoder_blocks[1]
         self.analysis_margin = -(-reach // self.tile_multiple) * self.tile_multiple
         block = (ResidualBlock, attentive_block, ResidualBlock) if config.attention else ResidualBlock
-        self.g_a = PatchAnalysis(config.widths, config.encoder_blocks, config.latent, block)
-        self.g_s = PatchSynthesis(config.widths, config.decoder_blocks, config.latent, block)
+        self.g_a = PatchAnalysis(config.widths, config.encoder_blocks, config.latent, block, config.gates)
+        self.g_s = PatchSynthesis(config.widths, config.decoder_blocks, config.latent, block, config.gates)
         self.latent = ContextHyperprior(config.latent)
 
 

@@ -26,6 +26,8 @@ class Config:
     latent: LatentConfig
     narrow: int | None = field(default=None, metadata=ADDED)
     """Hidden width of the blocks at H/16, which have as many channels as y otherwise."""
+    gates: bool = field(default=False, metadata=ADDED)
+    """Energy gates at H/4 and H/8, see ``nn.transforms``."""
 
 
 _TEST = Config((16, 16), (1, 1, 0), (1, 1, 0),
@@ -41,7 +43,7 @@ class Hyperprior(LatentCodec):
         "test": _TEST,
         "test-mixed": _TEST,  # with context mixing of y
         "test-mixed-both": _TEST,  # and of z
-        "light": Config(_LIGHT.widths, (2, 1, 1), (2, 2, 1), _LIGHT.latent, 128),
+        "light": Config(_LIGHT.widths, (2, 0, 0), (2, 0, 0), _LIGHT.latent, gates=True),
         # without the blocks at H/16, trained for MS-SSIM
         "light-ms-ssim": replace(_LIGHT, latent=replace(_LIGHT.latent, lambda_low=0.0008, lambda_high=0.5)),
         "base": Config((96, 192), (3, 3, 0), (3, 3, 0),
@@ -57,6 +59,6 @@ class Hyperprior(LatentCodec):
         reach, self.synthesis_margin = patch_margins(config.encoder_blocks, config.decoder_blocks)
         self.analysis_margin = -(-reach // self.tile_multiple) * self.tile_multiple
         blocks = plain_blocks(config.narrow)
-        self.g_a = PatchAnalysis(config.widths, config.encoder_blocks, config.latent, blocks)
-        self.g_s = PatchSynthesis(config.widths, config.decoder_blocks, config.latent, blocks)
+        self.g_a = PatchAnalysis(config.widths, config.encoder_blocks, config.latent, blocks, config.gates)
+        self.g_s = PatchSynthesis(config.widths, config.decoder_blocks, config.latent, blocks, config.gates)
         self.latent = ContextHyperprior(config.latent)

@@ -81,6 +81,8 @@ class Config:
     mixing: bool = True
     narrow: int | None = field(default=None, metadata=ADDED)
     """Hidden width of plain blocks at H/16, which have as many channels as y otherwise."""
+    gates: bool = field(default=False, metadata=ADDED)
+    """Energy gates at H/4 and H/8, see ``nn.transforms``."""
 
 
 _SMALL = {"gelu": False, "centre": True, "shared": True, "mlp": False, "project": 1, "residual_kernel": 1,
@@ -110,7 +112,7 @@ class MLICv2(LatentCodec):
                                          guide=8, reweight=True, **_SMALL | {"inter_head": 8})),
         "light": _LIGHT,
         "light-selective": replace(_LIGHT, latent=replace(_LIGHT.latent, selective=True)),  # --init from light
-        "base": _BASE,
+        "base": replace(_BASE, encoder_blocks=(3, 0, 0), decoder_blocks=(1, 3, 0)),  # the others had died, see train.revive
         "base-ms-ssim": _BASE,
         "paper": Config((192,), _PAPER),
         "paper-v1": Config((192,), _PUBLISHED, mixing=False),
@@ -126,8 +128,8 @@ class MLICv2(LatentCodec):
         else:
             # at H/4 a mixing block takes 1.8 times as long to train as a plain one, for less than half of its products
             blocks = (ResidualBlock, TokenMixing, TokenMixing) if config.mixing else plain_blocks(config.narrow)
-            self.g_a = PatchAnalysis(config.widths, config.encoder_blocks, latent, blocks)
-            self.g_s = PatchSynthesis(config.widths, config.decoder_blocks, latent, blocks)
+            self.g_a = PatchAnalysis(config.widths, config.encoder_blocks, latent, blocks, config.gates)
+            self.g_s = PatchSynthesis(config.widths, config.decoder_blocks, latent, blocks, config.gates)
             sees = TokenMixing.reach if config.mixing else 2
             reach, self.synthesis_margin = patch_margins(config.encoder_blocks, config.decoder_blocks, sees)
         self.analysis_margin = -(-reach // self.tile_multiple) * self.tile_multiple

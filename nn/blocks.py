@@ -33,6 +33,25 @@ class ResidualBlock(nn.Module):
         return x + self.b(F.relu(self.a(x)))
 
 
+class EnergyGate(nn.Module):
+    """x * 2 sigmoid(W log(1 + (s x)^2) + b), W a matrix over the channels; shape (B, C, H, W) is kept. Starts as the identity.
+
+    A local control of gain like divisive normalisation (GDN; Balle et al. 2016), which is to a linear transform what a ReLU
+    is not: a nonlinearity that pays from the first steps on. Free weights in the place of GDN's positive ones, and a bounded
+    gain, need no care in training.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((channels, 1, 1), 4.0))  # features of the skeleton are small
+        self.mix = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.mix.weight)
+        nn.init.zeros_(self.mix.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (2 * torch.sigmoid(self.mix(torch.log1p((x * self.scale).square()))))
+
+
 class Upsample(nn.Sequential):
     """Sub-pixel upsampling: (B, C, H, W) -> (B, out, H*r, W*r) by a k x k convolution and a pixel shuffle."""
 

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +181,42 @@ def test_new_blocks_rest_at_first():
     assert large.g_s.at16[0].a.out_channels == 24
     large.g_a(x, level).square().sum().backward()
     assert large.g_a.at16[0].b.weight.grad.abs().max() > 0  # and then it learns
+
+
+def test_dead_blocks_are_taken_out():
+    """A codec with fewer blocks does the same as one whose other blocks only add constants, but for the border."""
+    large = Hyperprior(Config((16, 24), (1, 2, 1), (2, 1, 1), registry.codec_class("hyperprior").presets["test"].latent))
+    with torch.no_grad():
+        for block in (*large.g_a.at8[:2], *large.g_a.at16, large.g_s.at16[0], large.g_s.at8[0], large.g_s.at4[1]):
+            block.a.bias.fill_(-100)
+            block.b.bias.normal_()
+    small = Hyperprior(Config((16, 24), (1, 0, 0), (1, 0, 0), large.config.latent))
+    own = len(small.state_dict())
+    assert transfer(small, large.state_dict()) == f"{own} of {own} tensors"
+    x, level = torch.rand(1, 3, 192, 192), torch.tensor([400.0])
+    y = large.g_a(x, level)
+    assert torch.allclose(small.g_a(x, level), y, atol=1e-4)
+    assert torch.allclose(small.g_s(y, level)[..., 8:-8, 8:-8], large.g_s(y, level)[..., 8:-8, 8:-8], atol=1e-4)
+
+
+def test_gates_start_as_the_identity_and_learn():
+    """A codec with energy gates goes on from one without; their gain is bounded, whatever comes in."""
+    small = registry.codec_class("hyperprior").from_preset("test")
+    config = small.config
+    large = Hyperprior(replace(config, gates=True))
+    transfer(large, small.state_dict())
+    x, level = torch.rand(1, 3, 64, 64), torch.tensor([400.0])
+    y = small.g_a(x, level)
+    assert torch.equal(large.g_a(x, level), y) and torch.equal(large.g_s(y, level), small.g_s(y, level))
+    (large.g_a(x, level).square().sum() + large.g_s(y, level).square().sum()).backward()
+    for side in (large.g_a, large.g_s):
+        for gate in (side.gate4, side.gate8):
+            assert gate.mix.weight.grad.abs().amax((1, 2, 3)).min() > 0
+    gate = large.g_a.gate8
+    torch.nn.init.normal_(gate.mix.weight, std=30)
+    wild = torch.randn(1, config.widths[1], 8, 8) * torch.logspace(-6, 6, 8)
+    out = gate(wild)
+    assert torch.isfinite(out).all() and (out.abs() <= 2 * wild.abs()).all() and (out * wild >= 0).all()
 
 
 def test_hard_stages_leave_the_encoder_alone(folder, tmp_path):

@@ -30,7 +30,7 @@ from torch import Tensor
 from ..codecs import registry
 from ..codecs.base import LEVELS, ImageCodec
 from ..eval.metrics import MS_SSIM_WEIGHTS, WINDOW, ms_ssim_tensor
-from ..nn.transforms import deepened
+from ..nn.transforms import aligned
 from .captured import Step
 from .data import Crops, load_folder
 from .files import read_recipe, save
@@ -149,7 +149,7 @@ def validate(codec: ImageCodec, pictures: Tensor, levels: tuple[int, ...] = (100
 
 def transfer(codec: torch.nn.Module, state: dict[str, Tensor]) -> str:
     """Copy every tensor whose name and shape agree; how many did."""
-    own, state = codec.state_dict(), deepened(codec, state)
+    own, state = codec.state_dict(), aligned(codec, state)
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     codec.load_state_dict(fitting, strict=False)
     return f"{len(fitting)} of {len(own)} tensors"

@@ -88,8 +88,9 @@ def fit_mixing(codec: LatentCodec, pictures: list[Tensor], count: int = PICTURES
             tiles.append(observe(codec.latent, y, z, level))
             hyper.append((z[0].numpy().astype(np.int32), level))
     order = rng.permutation(len(tiles))
-    said = {"pictures": len(chosen), "qualities": QUALITIES, "y_bytes_over_tables": fit(codec.latent, [tiles[i] for i in order])}
-    return said | {"z_bytes_over_tables": fit_hyper(codec.latent, [hyper[i] for i in order])}
+    return {"pictures": len(chosen), "qualities": QUALITIES,
+            "y_bytes_over_tables": fit(codec.latent, [tiles[i] for i in order]),
+            "z_bytes_over_tables": fit_hyper(codec.latent, [hyper[i] for i in order])}  # fmt: skip
 
 
 def fit(latent: ContextHyperprior, tiles: list[Tile]) -> float:
