@@ -681,7 +681,8 @@ def models(args: argparse.Namespace) -> int:
         return 0
     if not cards:
         raise ModelMissing("no weights here; install the package again, or name their folder in NEURALCODEC_WEIGHTS")
-    print(f"{'model':<26}{'id':<18}{'parameters':>12}{'kMAC/px enc/dec':>18}{'Kodak BD-rate vs VTM':>22}  file")
+    wide = max(len(f"{card['codec']}:{card['preset']} *") for card in cards) + 1
+    print(f"{'model':<{wide}}{'id':<18}{'parameters':>12}{'kMAC/px enc/dec':>18}{'Kodak BD-rate vs VTM':>22}  file")
     for card in cards:
         macs = card.get("kmac_per_pixel")
         work = f"{macs['g_a'] + macs['entropy']:.1f} / {macs['g_s'] + macs['entropy']:.1f}" if macs else "-"
@@ -690,7 +691,7 @@ def models(args: argparse.Namespace) -> int:
         name = f"{card['codec']}:{card['preset']}"
         mark = " *" if name in map(registry.default, ("image", "bytes")) else ""
         rate = ("not measured" if macs else "-") if bd is None else "MS-SSIM " * similar + f"{bd:+.1f} %"
-        print(f"{name + mark:<26}{card['model_id']:<18}{card['parameters']:>12,}{work:>18}"
+        print(f"{name + mark:<{wide}}{card['model_id']:<18}{card['parameters']:>12,}{work:>18}"
               f"{rate:>22}  {os.path.basename(card['file'])}")  # fmt: skip
     print("\nBD-rate of PSNR, or of MS-SSIM for models that were trained for it; each card has the command.")
     print("* used when no model is asked for. More weights: folders in NEURALCODEC_WEIGHTS.")

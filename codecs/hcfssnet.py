@@ -12,7 +12,7 @@ Convolutions see the near and the fine; VONSS scans the whole tile in several di
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 
 import torch
@@ -28,8 +28,8 @@ from ..nn.blocks import ChannelNorm, LevelAffine, Upsample
 from ..nn.frequency import AFMM
 from ..nn.residual import StridedBlock, UpsamplingBlock
 from ..nn.scan import VONSS
-from ..nn.transforms import Block, PatchAnalysis, PatchSynthesis, plain_blocks
-from .base import ADDED, LatentCodec
+from ..nn.transforms import Block, PatchAnalysis, PatchSynthesis
+from .base import LatentCodec
 
 BlockKinds = tuple[Block, Block, Block]
 
@@ -73,8 +73,6 @@ class Config:
     decoder_blocks: tuple[int, int, int]
     scan: Scan
     latent: EntropyConfig
-    narrow: int | None = field(default=None, metadata=ADDED)
-    """Blocks at H/16 are plain ones, with so many hidden channels."""
 
 
 class VFSS(nn.Module):
@@ -205,10 +203,9 @@ class HCFSSNet(LatentCodec):
         "test": Config((16, 16), (1, 1, 0), (1, 1, 0), Scan(4, 1, 2),
                        EntropyConfig((8, 24), hyper=8, width=16, features=16, branches=1, attention=16, heads=2, units=1,
                                      squeeze=16, context=16, trunk=16, residual=16)),
-        "light": Config((64, 96), (2, 1, 1), (2, 2, 1), Scan(2, 2, 2),
+        "light": Config((64, 96), (2, 1, 0), (2, 2, 0), Scan(2, 2, 2),
                         EntropyConfig((32, 48, 80, 128), hyper=32, width=56, features=56, branches=1, attention=32,
-                                      heads=2, units=1, squeeze=48, context=56, trunk=72, residual=40, lambda_low=0.0003,
-                                      lambda_high=0.3), narrow=128),
+                                      heads=2, units=1, squeeze=48, context=56, trunk=72, residual=40)),
         "base": Config((96, 192), (2, 3, 0), (2, 3, 0), Scan(4, 2, 4),
                        EntropyConfig((16, 32, 64, 208), hyper=96, width=128, features=160, branches=1, attention=96,
                                      heads=4, units=1, squeeze=128, context=160, trunk=224, residual=128)),
@@ -230,8 +227,6 @@ class HCFSSNet(LatentCodec):
             self.g_a = HybridAnalysis(config.widths[0], config.encoder_blocks, config.latent, kinds)
             self.g_s = HybridSynthesis(config.widths[0], config.decoder_blocks, config.latent, kinds)
         else:
-            if config.narrow:
-                kinds = *kinds[:2], plain_blocks(config.narrow)[2]
             self.g_a = PatchAnalysis(config.widths, config.encoder_blocks, config.latent, kinds)
             self.g_s = PatchSynthesis(config.widths, config.decoder_blocks, config.latent, kinds)
         self.latent = HcfssEntropy(config.latent)

@@ -11,7 +11,7 @@ the SwinV2 block, adaptive channel-wise and global-inter attention context"; wha
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ from ..entropy.context.mlic_parts import PublishedHyper
 from ..nn.blocks import LevelAffine, Upsample
 from ..nn.enhance import Enhancement
 from ..nn.swin import SwinStage, spoiled
-from ..nn.transforms import PatchAnalysis, PatchSynthesis, plain_blocks
-from .base import ADDED, LatentCodec
+from ..nn.transforms import PatchAnalysis, PatchSynthesis
+from .base import LatentCodec
 
 WINDOW = 8
 TRUNK = ((1, 4), (2, 8), (3, 16))  # depth and heads of the published stages at H/2, H/4, H/8
@@ -41,8 +41,6 @@ class Config:
     ratio: int = 4  # hidden width of the MLP
     bias_width: int = 512  # of the net that makes position biases
     published: bool = False
-    narrow: int | None = field(default=None, metadata=ADDED)
-    """Hidden width of a plain residual block that either side has at H/16; None: there is none."""
 
 
 class AcgcHyperprior(PublishedHyper):
@@ -113,9 +111,8 @@ def margins(config: Config) -> tuple[int, int]:
         back = 2 * (back + 1) + reach
     else:
         spoilt = -(-(1 + reach + 1) // 2)
-        deep = 2 if config.narrow else 0
-        spoilt = -(-spoiled(spoilt, config.depth, WINDOW) // 2) + deep
-        back = 4 * (2 * spoiled(2 * deep, config.depth, WINDOW) + reach + 1)
+        spoilt = -(-spoiled(spoilt, config.depth, WINDOW) // 2)
+        back = 4 * (2 * spoiled(0, config.depth, WINDOW) + reach + 1)
     return -(-16 * spoilt // ALIGN) * ALIGN, -(-back // ALIGN) * (ALIGN // 16)
 
 
@@ -129,7 +126,7 @@ class S2LIC(LatentCodec):
         "light": Config((64, 96), (32, 16, 3), heads=3, ratio=2, bias_width=64, latent=AcgcConfig(
             (32, 48, 80, 128), hyper=32, width=56, features=56, squeeze=32, branch=40, channel=32, inter=16, head=16,
             local=32, kernel=3, parameters=(72, 72), residual=(40,), samples=256, smooth=False, lambda_low=0.0003,
-            lambda_high=0.3), narrow=128),
+            lambda_high=0.3)),
         "base": Config((96, 192), (64, 32, 5), depth=4, heads=6, ratio=2, latent=AcgcConfig(
             (16, 32, 64, 208), hyper=96, width=128, features=192, squeeze=96, branch=96, channel=64, inter=32, head=32,
             local=48, kernel=5, parameters=(224, 192), residual=(128,))),
@@ -151,9 +148,8 @@ class S2LIC(LatentCodec):
                 # from zero, 0.2 would only make the optimiser's steps smaller
                 lambda c: Enhancement(c, *config.enhancement, strength=1.0),
                 lambda c: _stage(config, c, config.depth, config.heads),
-                plain_blocks(config.narrow)[2],
+                lambda c: _stage(config, c, config.depth, config.heads),
             )
-            counts = (1, 1, 1 if config.narrow else 0)
-            self.g_a = PatchAnalysis(config.widths, counts, config.latent, blocks)
-            self.g_s = PatchSynthesis(config.widths, counts, config.latent, blocks)
+            self.g_a = PatchAnalysis(config.widths, (1, 1, 0), config.latent, blocks)
+            self.g_s = PatchSynthesis(config.widths, (1, 1, 0), config.latent, blocks)
         self.latent = AcgcHyperprior(config.latent)

@@ -12,6 +12,7 @@ from neuralcodec.entropy.gaussian import SCALES, student_tables
 from neuralcodec.entropy.latent_mixing import (
     SKIPPED,
     TAPS,
+    HyperStart,
     MixedDecoder,
     MixedEncoder,
     Start,
@@ -103,6 +104,53 @@ def test_it_learns_what_tables_cannot_know():
         assert taken < most * TABLES.bits(q.ravel(), rows.ravel()).sum() / 8
         assert np.array_equal(decoded(encoded(q, rows, begin), rows, begin), q)
     assert (begin.counts > 0).any() and begin.counts.max() <= 100
+
+
+def hyper_start(channels: int = 4) -> HyperStart:
+    rng = np.random.default_rng(4)
+    rows = rng.integers(0, 40 * 256, (5, channels)).astype(np.int16)
+    return HyperStart(rows, rng.integers(-3 * 256, 3 * 256, (5, channels)).astype(np.int16), start(7, channels))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (5, 4)])
+def test_the_hyper_latent_goes_first_through_the_same_coder(shape):
+    q, rows = tile(4 * shape[0], 4 * shape[1], 2)
+    for level in (0, 333, 1000):
+        z = np.random.default_rng(level).integers(-127, 128, (4, *shape)).astype(np.int32)
+        encoder = MixedEncoder(start(), TABLES, *q.shape[1:])
+        encoder.put_hyper(hyper_start(), z, level, 1000)
+        for mine, where in passes(*q.shape[1:]):
+            encoder.put(mine, where, *(a.reshape(len(q), -1)[mine, where] for a in (q, rows)))
+        payload = encoder.finish()
+        decoder = MixedDecoder(payload, start(), TABLES, *q.shape[1:])
+        assert np.array_equal(decoder.get_hyper(hyper_start(), *shape, level, 1000), z)
+        for mine, where in passes(*q.shape[1:]):
+            symbols, own = (a.reshape(len(q), -1)[mine, where] for a in (q, rows))
+            assert np.array_equal(decoder.get(mine, where, own), symbols)
+        decoder.finish()
+        with pytest.raises(CorruptStream):
+            MixedDecoder(b"", start(), TABLES, *q.shape[1:]).get_hyper(hyper_start(), *shape, level, 1000)
+
+
+def test_rows_and_offsets_of_the_hyper_latent_follow_the_level():
+    begin = hyper_start()
+    for knot in range(5):
+        rows, offsets = begin.at(knot * 250, 1000)
+        assert np.array_equal(rows, (begin.rows[knot].astype(int) + 128) // 256)
+        assert np.array_equal(offsets, (begin.offsets[knot].astype(int) + 128) // 256)
+    between = (begin.rows[0].astype(int) * 150 + begin.rows[1].astype(int) * 100 + 125) // 250
+    assert np.array_equal(begin.at(100, 1000)[0], (between + 128) // 256)
+    arrays = begin.to_arrays()
+    assert all(np.array_equal(v, arrays[k]) for k, v in HyperStart.from_arrays(arrays).to_arrays().items())
+    for bad in ({"rows": arrays["rows"][:, :3]}, {"rows": arrays["rows"] - 20000}, {"offsets": arrays["offsets"][:2]}):
+        with pytest.raises(ValueError):
+            HyperStart.from_arrays(arrays | bad)
+    codec = registry.codec_class("hyperprior").from_preset("test")
+    mixing = {f"mixing.{k}": v for k, v in start(0, codec.config.latent.channels).to_arrays().items()}
+    with pytest.raises(ValueError, match="of z: made"):
+        codec.set_arrays(mixing | {f"hyper_mixing.{k}": v for k, v in arrays.items()})
+    with pytest.raises(ValueError, match="does not have"):
+        codec.set_arrays(mixing | {"other.rows": arrays["rows"]})
 
 
 def test_damage():
