@@ -96,8 +96,9 @@ _LIGHT = Config((64, 96), encoder_blocks=(2, 2, 0), decoder_blocks=(2, 2, 0),
                                   inter=16, intra=0, attention=32, entropy=(64, 72), residual=(40,), guide=16,
                                   **_SMALL))  # fmt: skip
 # Plain blocks in place of token mixing make more products in the same time: two threads took 0.65 s a megapixel for 67 kMAC/px
-# of them, 0.82 s for 57 kMAC/px of the other. The widths are those with which a megapixel still decodes within a second.
-_BASE = Config((96, 192), encoder_blocks=(3, 3, 1), decoder_blocks=(1, 3, 1), mixing=False, narrow=112,
+# of them, 0.82 s for 57 kMAC/px of the other. The widths are those with which a megapixel still decodes within a second. Three
+# blocks at H/8 of the encoder and one at H/16 of either side, which there were in training, had died (see ``train.revive``).
+_BASE = Config((96, 192), encoder_blocks=(3, 0, 0), decoder_blocks=(1, 3, 0), mixing=False, narrow=112,
                      latent=MlicConfig((24, 56, 96, 144), hyper=64, width=96, features=112, channel=((96, 1), (112, 3)),
                                        local=48, inter=16, intra=0, attention=32, entropy=(128, 128), residual=(80,),
                                        guide=16, lambda_low=0.0005, lambda_high=0.3, **_SMALL))  # fmt: skip
@@ -112,7 +113,7 @@ class MLICv2(LatentCodec):
                                          guide=8, reweight=True, **_SMALL | {"inter_head": 8})),
         "light": _LIGHT,
         "light-selective": replace(_LIGHT, latent=replace(_LIGHT.latent, selective=True)),  # --init from light
-        "base": replace(_BASE, encoder_blocks=(3, 0, 0), decoder_blocks=(1, 3, 0)),  # the others had died, see train.revive
+        "base": _BASE,
         "base-ms-ssim": _BASE,
         "paper": Config((192,), _PAPER),
         "paper-v1": Config((192,), _PUBLISHED, mixing=False),
