@@ -5,9 +5,9 @@
 A ReLU whose input is never positive passes no gradient, and never comes back. The inputs of the blocks of ``nn.transforms`` are
 small (deviations of 0.1), so an optimiser with steps of a fixed size soon carries the biases of ``a`` past them: in nets
 of this suite that had trained for hours whole stages were found dead, the block at H/8 adding a constant. Such a channel gets a
-random kernel whose outputs have the mean 0 and the deviation ``SPREAD`` on real pictures, and no weight in ``b``: the net
+random kernel whose outputs have mean 0 and deviation ``SPREAD`` on real pictures, and no weight in ``b``: the net
 computes what it did, and can learn again. It must then be kept alive: with crops by the handful channels died a second time,
-because the noise of a step in ``b`` times the mean of a ReLU shifts whole pictures, and shutting the channel cures that soonest.
+because the noise of a step in ``b`` times the mean of a ReLU shifts pictures, and shutting the channel cures that soonest.
 Batches of a GPU, or low rates for ``a`` (``factors`` of a recipe), are for that.
 """
 
