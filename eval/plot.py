@@ -157,7 +157,7 @@ def rd_chart(results: list[dict[str, Any]], quality: str | None = None, publishe
     handles, labels = axes.get_legend_handles_labels()
     solid = sorted(range(len(labels)), key=lambda i: "(published)" in labels[i])
     sorted_legend = [handles[i] for i in solid], [labels[i] for i in solid]
-    axes.legend(*sorted_legend, loc="best", fontsize=8.5, frameon=False, labelcolor=INK)
+    axes.legend(*sorted_legend, loc="upper left", fontsize=8.5, frameon=False, labelcolor=INK)
     return made
 
 
