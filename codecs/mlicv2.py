@@ -97,7 +97,8 @@ _LIGHT = Config((64, 96), encoder_blocks=(2, 2, 0), decoder_blocks=(2, 2, 0),
                                   **_SMALL))  # fmt: skip
 # Plain blocks in place of token mixing make more products in the same time: two threads took 0.65 s a megapixel for 67 kMAC/px
 # of them, 0.82 s for 57 kMAC/px of the other. The widths are those with which a megapixel still decodes within a second. Three
-# blocks at H/8 of the encoder and one at H/16 of either side, which there were in training, had died (see ``train.revive``).
+# blocks at H/8 of the encoder and one at H/16 of either side, which there were in training, had died (see ``train.revive``);
+# their width ``narrow`` stays, because it counts in the id of the models.
 _BASE = Config((96, 192), encoder_blocks=(3, 0, 0), decoder_blocks=(1, 3, 0), mixing=False, narrow=112,
                      latent=MlicConfig((24, 56, 96, 144), hyper=64, width=96, features=112, channel=((96, 1), (112, 3)),
                                        local=48, inter=16, intra=0, attention=32, entropy=(128, 128), residual=(80,),

@@ -336,13 +336,13 @@ class ContextHyperprior(Freezable):
 
         device = self.step_q.device
         shape = (1, self.cfg.hyper, h // 4, w // 4)
-        mixed, decoder = None, None
+        mixed = decoder = None
         if self.mixing is not None:
             from .latent_mixing import MixedDecoder, parted
 
             payload, rest = (b"", payload) if self.hyper_mixing else parted(payload)
             mixed = MixedDecoder(rest, self.mixing, self.y_tables, h, w)
-        if mixed is not None and self.hyper_mixing is not None:
+        if self.hyper_mixing is not None:
             z = mixed.get_hyper(self.hyper_mixing, *shape[2:], level, self.cfg.levels)
         else:
             decoder = Decoder(payload)

@@ -97,7 +97,8 @@ def main(argv: list[str] | None = None) -> int:
     pictures = load_folder(args.data, args.cache)[-1][:16, :, :256, :256].float() / 255
     for block, (dead, of) in revive(codec, pictures, torch.linspace(0, LEVELS, len(pictures))).items():
         print(f"{block}: {dead} of {of} hidden channels revived")
-    save(args.out, {**state, "ema": codec.state_dict()})
+    said = {key: state[key] for key in ("step", "seconds", "recipe")}  # nothing that --resume could take up
+    save(args.out, said | {"ema": codec.state_dict()})
     return 0
 
 
