@@ -24,7 +24,7 @@ from ..entropy.levels import LevelBias
 from ..nn.blocks import LevelAffine, ResidualBlock, Upsample
 from ..nn.residual import StridedBlock, UpsamplingBlock
 from ..nn.swin import SwinStage
-from ..nn.transforms import PatchAnalysis, PatchSynthesis, patch_margins
+from ..nn.transforms import PatchAnalysis, PatchSynthesis, blocks_of, patch_margins
 from .base import ADDED, LatentCodec
 
 HEADS, WINDOW = 8, 8
@@ -45,6 +45,8 @@ class Config:
     attention: bool = False
     gates: bool = field(default=False, metadata=ADDED)
     """Energy gates at H/4 and H/8, see ``nn.transforms``."""
+    kinds: tuple[str, str] = field(default=("ppp", "ppp"), metadata=ADDED)
+    """Kinds of the blocks of either side at H/4, H/8 and H/16 without ``attention``, see ``nn.transforms.KINDS``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +79,9 @@ class FEDS(LatentCodec):
         "light": Config((48, 72), (1, 0, 0), (1, 0, 0),
                         LatentConfig((32, 48, 64, 96), hyper=32, width=48, features=48, context=48, trunk=64,
                                      squeeze=32, residual=32), gates=True),
-        "base": Config((96, 160), (2, 2, 0), (2, 2, 0),
-                       LatentConfig((32, 48, 80, 160), hyper=64, width=112, features=160, context=128, trunk=160,
-                                    squeeze=96, residual=96)),
+        "base": Config((80, 144), (3, 3, 0), (1, 1, 0),
+                       LatentConfig((24, 56, 88, 120), hyper=48, width=80, features=96, context=96, trunk=120, squeeze=64,
+                                    residual=64, lambda_low=0.0005, lambda_high=0.45), gates=True, kinds=("nnn", "nnn")),
         "teacher": Config((64, 96), (2, 2, 0), (2, 2, 0),
                           LatentConfig((32, 48, 80, 128), hyper=32, width=64, features=64, context=64, trunk=80,
                                        squeeze=48, residual=48), attention=True),
@@ -101,9 +103,10 @@ class FEDS(LatentCodec):
             reach += 8 * SEEN * config.encoder_blocks[1]
             self.synthesis_margin += SEEN // 2 * config.decoder_blocks[1]
         self.analysis_margin = -(-reach // self.tile_multiple) * self.tile_multiple
-        block = (ResidualBlock, attentive_block, ResidualBlock) if config.attention else ResidualBlock
-        self.g_a = PatchAnalysis(config.widths, config.encoder_blocks, config.latent, block, config.gates)
-        self.g_s = PatchSynthesis(config.widths, config.decoder_blocks, config.latent, block, config.gates)
+        first, second = ((ResidualBlock, attentive_block, ResidualBlock) if config.attention else blocks_of(kinds)
+                         for kinds in config.kinds)  # fmt: skip
+        self.g_a = PatchAnalysis(config.widths, config.encoder_blocks, config.latent, first, config.gates)
+        self.g_s = PatchSynthesis(config.widths, config.decoder_blocks, config.latent, second, config.gates)
         self.latent = ContextHyperprior(config.latent)
 
 

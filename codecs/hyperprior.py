@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from ..entropy.hyperprior import ContextHyperprior, LatentConfig
-from ..nn.transforms import PatchAnalysis, PatchSynthesis, patch_margins, plain_blocks
+from ..nn.transforms import PatchAnalysis, PatchSynthesis, blocks_of, patch_margins
 from .base import ADDED, LatentCodec
 
 
@@ -28,6 +28,8 @@ class Config:
     """Hidden width of the blocks at H/16, which have as many channels as y otherwise."""
     gates: bool = field(default=False, metadata=ADDED)
     """Energy gates at H/4 and H/8, see ``nn.transforms``."""
+    kinds: tuple[str, str] = field(default=("ppp", "ppp"), metadata=ADDED)
+    """Kinds of the blocks of either side at H/4, H/8 and H/16, see ``nn.transforms.KINDS``."""
 
 
 _TEST = Config((16, 16), (1, 1, 0), (1, 1, 0),
@@ -46,9 +48,8 @@ class Hyperprior(LatentCodec):
         "light": Config(_LIGHT.widths, (2, 0, 0), (2, 0, 0), _LIGHT.latent, gates=True),
         # without the blocks at H/16, trained for MS-SSIM
         "light-ms-ssim": replace(_LIGHT, latent=replace(_LIGHT.latent, lambda_low=0.0008, lambda_high=0.5)),
-        "base": Config((96, 192), (3, 3, 0), (3, 3, 0),
-                       LatentConfig((16, 32, 64, 208), hyper=96, width=128, features=192, context=160, trunk=224,
-                                    squeeze=128, residual=128)),
+        "base": Config(_LIGHT.widths, (3, 4, 1), (2, 2, 0), replace(_LIGHT.latent, lambda_high=0.45), narrow=96, gates=True,
+                       kinds=("nnn", "nnn")),
         "paper": Config((192, 192), (3, 3, 3), (3, 3, 3),
                         LatentConfig((16, 16, 32, 64, 192), hyper=192, width=256, features=640, context=224, trunk=256,
                                      squeeze=320, residual=224, kernel=5)),
@@ -58,7 +59,7 @@ class Hyperprior(LatentCodec):
         super().__init__(config, preset)
         reach, self.synthesis_margin = patch_margins(config.encoder_blocks, config.decoder_blocks)
         self.analysis_margin = -(-reach // self.tile_multiple) * self.tile_multiple
-        blocks = plain_blocks(config.narrow)
-        self.g_a = PatchAnalysis(config.widths, config.encoder_blocks, config.latent, blocks, config.gates)
-        self.g_s = PatchSynthesis(config.widths, config.decoder_blocks, config.latent, blocks, config.gates)
+        first, second = (blocks_of(kinds, config.narrow) for kinds in config.kinds)
+        self.g_a = PatchAnalysis(config.widths, config.encoder_blocks, config.latent, first, config.gates)
+        self.g_s = PatchSynthesis(config.widths, config.decoder_blocks, config.latent, second, config.gates)
         self.latent = ContextHyperprior(config.latent)

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from ..entropy.context.mlic import MlicConfig, MlicSlice
 from ..entropy.context.mlic_parts import PublishedHyper
-from ..nn.blocks import LevelAffine, ResidualBlock, Upsample
+from ..nn.blocks import LevelAffine, Upsample
 from ..nn.mixing import TokenMixing
 from ..nn.residual import GeluBlock, StridedBlock, UpsamplingBlock
-from ..nn.transforms import PatchAnalysis, PatchSynthesis, patch_margins, plain_blocks
+from ..nn.transforms import PatchAnalysis, PatchSynthesis, blocks_of, patch_margins
 from .base import ADDED, LatentCodec
 
 
@@ -83,6 +83,8 @@ class Config:
     """Hidden width of plain blocks at H/16, which have as many channels as y otherwise."""
     gates: bool = field(default=False, metadata=ADDED)
     """Energy gates at H/4 and H/8, see ``nn.transforms``."""
+    kinds: tuple[str, str] = field(default=("ppp", "ppp"), metadata=ADDED)
+    """Kinds of the blocks of either side at H/4, H/8 and H/16 without ``mixing``, see ``nn.transforms.KINDS``."""
 
 
 _SMALL = {"gelu": False, "centre": True, "shared": True, "mlp": False, "project": 1, "residual_kernel": 1,
@@ -95,14 +97,18 @@ _LIGHT = Config((64, 96), encoder_blocks=(2, 2, 0), decoder_blocks=(2, 2, 0),
                 latent=MlicConfig((32, 48, 80, 128), hyper=32, width=56, features=56, channel=((40, 1), (56, 3)), local=32,
                                   inter=16, intra=0, attention=32, entropy=(64, 72), residual=(40,), guide=16,
                                   **_SMALL))  # fmt: skip
-# Plain blocks in place of token mixing make more products in the same time: two threads took 0.65 s a megapixel for 67 kMAC/px
-# of them, 0.82 s for 57 kMAC/px of the other. The widths are those with which a megapixel still decodes within a second. Three
-# blocks at H/8 of the encoder and one at H/16 of either side, which there were in training, had died (see ``train.revive``);
-# their width ``narrow`` stays, because it counts in the id of the models.
-_BASE = Config((96, 192), encoder_blocks=(3, 0, 0), decoder_blocks=(1, 3, 0), mixing=False, narrow=112,
-                     latent=MlicConfig((24, 56, 96, 144), hyper=64, width=96, features=112, channel=((96, 1), (112, 3)),
-                                       local=48, inter=16, intra=0, attention=32, entropy=(128, 128), residual=(80,),
-                                       guide=16, lambda_low=0.0005, lambda_high=0.3, **_SMALL))  # fmt: skip
+# Dense kernels in place of token mixing make more products in the same time: two threads took 0.65 s a megapixel for 67 kMAC/px
+# of plain blocks, 0.82 s for 57 kMAC/px of mixing. The widths are those with which a megapixel still decodes within a second;
+# the encoder is deeper, since that costs no decoding, up to the 16 MiB that a file of weights may have.
+_BASE = Config((96, 192), encoder_blocks=(4, 3, 1), decoder_blocks=(1, 3, 1), mixing=False, narrow=80, gates=True,
+               kinds=("nnn", "nnn"),
+               latent=MlicConfig((24, 56, 96, 144), hyper=64, width=96, features=112, channel=((96, 1), (112, 3)),
+                                 local=48, inter=16, intra=0, attention=32, entropy=(128, 128), residual=(80,),
+                                 guide=16, lambda_low=0.0005, lambda_high=0.45, **_SMALL))  # fmt: skip
+# The net before it, of plain blocks. Three at H/8 of the encoder and one at H/16 of either side, which there were in training,
+# had died (see ``train.revive``); their width ``narrow`` stays, because it counts in the id of the models.
+_PLAIN = replace(_BASE, encoder_blocks=(3, 0, 0), decoder_blocks=(1, 3, 0), narrow=112, gates=False, kinds=("ppp", "ppp"),
+                 latent=replace(_BASE.latent, lambda_high=0.3))  # fmt: skip
 
 
 class MLICv2(LatentCodec):
@@ -115,7 +121,7 @@ class MLICv2(LatentCodec):
         "light": _LIGHT,
         "light-selective": replace(_LIGHT, latent=replace(_LIGHT.latent, selective=True)),  # --init from light
         "base": _BASE,
-        "base-ms-ssim": _BASE,
+        "base-ms-ssim": _PLAIN,
         "paper": Config((192,), _PAPER),
         "paper-v1": Config((192,), _PUBLISHED, mixing=False),
     }  # fmt: skip
@@ -129,9 +135,9 @@ class MLICv2(LatentCodec):
             reach, self.synthesis_margin = _published_margins(config.mixing)
         else:
             # at H/4 a mixing block takes 1.8 times as long to train as a plain one, for less than half of its products
-            blocks = (ResidualBlock, TokenMixing, TokenMixing) if config.mixing else plain_blocks(config.narrow)
-            self.g_a = PatchAnalysis(config.widths, config.encoder_blocks, latent, blocks, config.gates)
-            self.g_s = PatchSynthesis(config.widths, config.decoder_blocks, latent, blocks, config.gates)
+            first, second = (blocks_of("pmm" if config.mixing else kinds, config.narrow) for kinds in config.kinds)
+            self.g_a = PatchAnalysis(config.widths, config.encoder_blocks, latent, first, config.gates)
+            self.g_s = PatchSynthesis(config.widths, config.decoder_blocks, latent, second, config.gates)
             sees = TokenMixing.reach if config.mixing else 2
             reach, self.synthesis_margin = patch_margins(config.encoder_blocks, config.decoder_blocks, sees)
         self.analysis_margin = -(-reach // self.tile_multiple) * self.tile_multiple

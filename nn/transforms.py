@@ -2,9 +2,9 @@
 
 Nothing runs above H/4, where dense convolutions are slow on a CPU and learn little. The main path, from the pixels to y
 and back, is linear: re-sampling convolutions without activation, so that ``train.klt`` can start it at a Karhunen-Loeve
-transform, and every non-linearity sits in a residual block of the codec's own kind. Both sides see the quality level as an
-affine of the channels at H/8 (see ``blocks.LevelAffine``). ``gates``: with a ``blocks.EnergyGate`` on the main path at H/4
-and at H/8 of either side.
+transform, and every non-linearity sits in a residual block of the codec's own kind, or in a gain: with ``gates`` there is a
+``blocks.EnergyGate`` on the main path at H/4 and at H/8 of either side. Both sides see the quality level as an affine of the
+channels at H/8 (see ``blocks.LevelAffine``). The bundled nets have ``blocks.NormedBlock``; plain ones die here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .blocks import EnergyGate, LevelAffine, ResidualBlock, Upsample
+from .blocks import EnergyGate, LevelAffine, NormedBlock, ResidualBlock, Upsample
+from .mixing import TokenMixing
 
 Block = Callable[[int], nn.Module]
 """Makes a residual block, (B, C, h, w) -> the same shape, for a number of channels C."""
@@ -23,9 +24,13 @@ Blocks = Block | tuple[Block, Block, Block]
 """One kind of block for all stages, or one each for H/4, H/8 and H/16."""
 
 
-def plain_blocks(narrow: int | None = None) -> Blocks:
-    """Residual blocks everywhere, of ``narrow`` hidden channels at H/16."""
-    return ResidualBlock, ResidualBlock, partial(ResidualBlock, hidden=narrow)
+KINDS: dict[str, Block] = {"p": ResidualBlock, "n": NormedBlock, "m": TokenMixing}
+
+
+def blocks_of(kinds: str, narrow: int | None = None) -> Blocks:
+    """Blocks by the letters of KINDS, one each for H/4, H/8 and H/16; those at H/16 have ``narrow`` hidden channels."""
+    at4, at8, at16 = (KINDS[k] for k in kinds)
+    return at4, at8, at16 if at16 is TokenMixing else partial(at16, hidden=narrow)
 
 
 def _stages(block: Blocks, counts: tuple[int, int, int], channels: tuple[int, int, int]) -> list[list[nn.Module]]:
@@ -75,11 +80,11 @@ class PatchSynthesis(nn.Module):
 
 
 def aligned(codec: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` of a codec of these transforms by the names of ``codec``, which may have other numbers of blocks.
+    """``state`` of a codec of these transforms by the names of ``codec``, which may have other numbers and kinds of blocks.
 
-    Blocks of ``codec`` that ``state`` lacks rest, where they can. Those that ``codec`` lacks are taken out, the last ones of a
-    stage first, and the constant that a plain block adds goes into the next layer: all that there is of it when it is dead
-    (see ``train.revive``). As it is for other codecs.
+    Blocks of ``codec`` that ``state`` lacks, or has of another kind, rest, where they can. Those that ``codec`` lacks are taken
+    out, the last ones of a stage first, and the constant that a plain block adds goes into the next layer: all that there is of
+    it when it is dead (see ``train.revive``). As it is for other codecs.
     """
     result = dict(state)
     for name, kind in (("g_a", PatchAnalysis), ("g_s", PatchSynthesis)):
@@ -104,10 +109,11 @@ def aligned(codec: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
                     last[bias] = last[bias] + last[weight].sum((2, 3)) @ constant
                 if (name, stage) == ("g_a", "at8"):
                     last[bias] = last[bias] + left
-            for block in own[len(parts) : blocks]:
-                if hasattr(block, "rest"):
-                    block.rest()
-            kept = {i: part for i, part in parts.items() if i < blocks} | ({blocks: last} if last else {})
+            kept = {i: part for i, part in parts.items() if i < blocks and part.keys() == own[i].state_dict().keys()}
+            for i in set(range(blocks)) - set(kept):
+                if hasattr(own[i], "rest"):
+                    own[i].rest()
+            kept |= {blocks: last} if last else {}
             result |= {f"{prefix}{i}.{k}": v for i, part in kept.items() for k, v in part.items()}
     return result
 

@@ -22,7 +22,7 @@ from neuralcodec.train import loop
 from neuralcodec.train.data import Crops, load_folder
 from neuralcodec.train.freeze import freeze_checkpoint
 from neuralcodec.train.klt import start_at_klt
-from neuralcodec.train.loop import Recipe, rd_loss, train, transfer
+from neuralcodec.train.loop import Recipe, fit_blocks, rd_loss, train, transfer
 from neuralcodec.train.optim import Muon, orthogonalise
 from neuralcodec.train.plot import plot_run, read_log
 from PIL import Image
@@ -172,8 +172,9 @@ def test_new_blocks_rest_at_first():
     small = registry.codec_class("hyperprior").from_preset("test")
     config = small.config
     large = Hyperprior(Config(config.widths, (1, 1, 1), (1, 1, 2), config.latent, 24))
-    said = transfer(large, small.state_dict())
-    assert said.startswith(f"{len(small.state_dict())} of ")
+    left = transfer(large, small.state_dict())
+    assert left == {f"{name}.{part}.{kind}" for name in ("g_a.at16.0", "g_s.at16.0", "g_s.at16.1")
+                    for part in "ab" for kind in ("weight", "bias")}  # fmt: skip
     x, level = torch.rand(1, 3, 64, 64), torch.tensor([400.0])
     y = small.g_a(x, level)
     assert torch.allclose(large.g_a(x, level), y, atol=1e-6)
@@ -191,8 +192,7 @@ def test_dead_blocks_are_taken_out():
             block.a.bias.fill_(-100)
             block.b.bias.normal_()
     small = Hyperprior(Config((16, 24), (1, 0, 0), (1, 0, 0), large.config.latent))
-    own = len(small.state_dict())
-    assert transfer(small, large.state_dict()) == f"{own} of {own} tensors"
+    assert transfer(small, large.state_dict()) == set()
     x, level = torch.rand(1, 3, 192, 192), torch.tensor([400.0])
     y = large.g_a(x, level)
     assert torch.allclose(small.g_a(x, level), y, atol=1e-4)
@@ -217,6 +217,30 @@ def test_gates_start_as_the_identity_and_learn():
     wild = torch.randn(1, config.widths[1], 8, 8) * torch.logspace(-6, 6, 8)
     out = gate(wild)
     assert torch.isfinite(out).all() and (out.abs() <= 2 * wild.abs()).all() and (out * wild >= 0).all()
+
+
+def test_normed_blocks_take_the_place_of_plain_ones():
+    """They rest at first, whatever the plain ones had been; their gains then make all channels even; and they learn."""
+    small = registry.codec_class("hyperprior").from_preset("test")
+    large = Hyperprior(replace(small.config, kinds=("nnn", "nnn")))
+    fresh = transfer(large, small.state_dict())
+    for side in (small.g_a, small.g_s):  # without its blocks, which the other has not
+        for stage in (side.at4, side.at8):
+            with torch.no_grad():
+                stage[0].b.weight.zero_(), stage[0].b.bias.zero_()
+    x, level = torch.rand(2, 3, 64, 64) * torch.rand(2, 3, 1, 1), torch.tensor([400.0, 700.0])
+    y = small.g_a(x, level)
+    assert torch.allclose(large.g_a(x, level), y, atol=1e-6)
+    fit_blocks(large, x, level, fresh)
+    assert torch.allclose(large.g_a(x, level), y, atol=1e-6)
+    block, seen = large.g_a.at4[0], large.g_a.gate4(large.g_a.patch(x - 0.5))
+    even = (seen * block.log_gain.exp()).std((0, 2, 3))
+    assert torch.allclose(even[seen.std((0, 2, 3)) > 1e-3], torch.ones(()), atol=1e-3)
+    torch.nn.init.constant_(block.scale, 0.1)
+    wild = seen * torch.logspace(-3, 6, seen.shape[3])
+    assert (block(wild) - wild).abs().max() < 0.1 * block.b.weight.abs().sum((1, 2, 3)).max() * 10 * seen.shape[1]
+    large.g_a(x, level).square().sum().backward()
+    assert block.a.weight.grad.abs().amax((1, 2, 3)).min() > 0 and large.g_a.at8[0].scale.grad.abs().min() > 0
 
 
 def test_hard_stages_leave_the_encoder_alone(folder, tmp_path):

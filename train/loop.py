@@ -147,12 +147,24 @@ def validate(codec: ImageCodec, pictures: Tensor, levels: tuple[int, ...] = (100
     return rows
 
 
-def transfer(codec: torch.nn.Module, state: dict[str, Tensor]) -> str:
-    """Copy every tensor whose name and shape agree; how many did."""
+def transfer(codec: torch.nn.Module, state: dict[str, Tensor]) -> set[str]:
+    """Copy every tensor whose name and shape agree; the names of those left as they were."""
     own, state = codec.state_dict(), aligned(codec, state)
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     codec.load_state_dict(fitting, strict=False)
-    return f"{len(fitting)} of {len(own)} tensors"
+    return own.keys() - fitting.keys()
+
+
+@torch.no_grad()
+def fit_blocks(codec: ImageCodec, x: Tensor, level: Tensor, names: set[str]) -> None:
+    """Blocks that want to see pictures before they start (``NormedBlock``), of those that have a parameter among ``names``."""
+    blocks = [m for n, m in codec.named_modules() if hasattr(m, "fit") and any(k.startswith(f"{n}.") for k in names)]
+    if not blocks:
+        return
+    hooks = [m.register_forward_pre_hook(lambda block, args: block.fit(args[0])) for m in blocks]
+    codec(x, level)
+    for hook in hooks:
+        hook.remove()
 
 
 def set_hard(codec: ImageCodec, hard: bool) -> None:
@@ -181,11 +193,15 @@ def train(codec: ImageCodec, stacks: list[Tensor], recipe: Recipe, out: Path, *,
         torch.set_float32_matmul_precision("high")  # the entropy model: float32 with products of 10 bits
     torch.manual_seed(recipe.seed + rank)
     codec = codec.to(device=device, memory_format=torch.channels_last).train()
+    fresh = codec.state_dict().keys()
     if init is not None:
-        print("taken over:", transfer(codec, torch.load(init, map_location=device, weights_only=True)["ema"]), flush=True)
+        fresh = transfer(codec, torch.load(init, map_location=device, weights_only=True)["ema"])
+        print(f"taken over: all but {len(fresh)} of {len(codec.state_dict())} tensors", flush=True)
     elif recipe.start == "klt":
         start_at_klt(codec.cpu(), stacks[-1][: recipe.klt_pictures])
         codec.to(device)
+    some = stacks[-1][:8, :, :256, :256].to(device).float() / 255
+    fit_blocks(codec, some, torch.linspace(0, LEVELS, len(some), device=device), set(fresh))
     ema = deepcopy(codec).requires_grad_(False)
     opts = optimisers(codec, recipe.optimiser, recipe.lr, recipe.muon_lr, recipe.latent_factor, recipe.factors)
     captured = device.startswith("cuda") and world == 1 and not list(objective.parameters())

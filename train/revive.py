@@ -8,7 +8,7 @@ of this suite that had trained for hours whole stages were found dead, the block
 random kernel whose outputs have mean 0 and deviation ``SPREAD`` on real pictures, and no weight in ``b``: the net
 computes what it did, and can learn again. It must then be kept alive: with crops by the handful channels died a second time,
 because the noise of a step in ``b`` times the mean of a ReLU shifts pictures, and shutting the channel cures that soonest.
-Batches of a GPU, or low rates for ``a`` (``factors`` of a recipe), are for that.
+Low rates for ``a`` (``factors`` of a recipe) are for that; ``nn.blocks.NormedBlock`` is what to train in their place.
 """
 
 from __future__ import annotations
