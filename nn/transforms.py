@@ -4,7 +4,7 @@ Nothing runs above H/4, where dense convolutions are slow on a CPU and learn lit
 and back, is linear: re-sampling convolutions without activation, so that ``train.klt`` can start it at a Karhunen-Loeve
 transform, and every non-linearity sits in a residual block of the codec's own kind, or in a gain: with ``gates`` there is a
 ``blocks.EnergyGate`` on the main path at H/4 and at H/8 of either side. Both sides see the quality level as an affine of the
-channels at H/8 (see ``blocks.LevelAffine``). The bundled nets have ``blocks.NormedBlock``; plain ones die here.
+channels at H/8 (see ``blocks.LevelAffine``). Bundled ``base`` nets have ``blocks.NormedBlock``; plain ones die here.
 """
 
 from __future__ import annotations
