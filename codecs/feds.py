@@ -24,7 +24,7 @@ from ..entropy.levels import LevelBias
 from ..nn.blocks import LevelAffine, ResidualBlock, Upsample
 from ..nn.residual import StridedBlock, UpsamplingBlock
 from ..nn.swin import SwinStage
-from ..nn.transforms import PatchAnalysis, PatchSynthesis, blocks_of, patch_margins
+from ..nn.transforms import PLAIN, PatchAnalysis, PatchSynthesis, blocks_of, patch_margins
 from .base import ADDED, LatentCodec
 
 HEADS, WINDOW = 8, 8
@@ -45,7 +45,7 @@ class Config:
     attention: bool = False
     gates: bool = field(default=False, metadata=ADDED)
     """Energy gates at H/4 and H/8, see ``nn.transforms``."""
-    kinds: tuple[str, str] = field(default=("ppp", "ppp"), metadata=ADDED)
+    kinds: tuple[str, str] = field(default=PLAIN, metadata=ADDED)
     """Kinds of the blocks of either side at H/4, H/8 and H/16 without ``attention``, see ``nn.transforms.KINDS``."""
 
 
@@ -98,13 +98,14 @@ class FEDS(LatentCodec):
             self.g_s = StridedSynthesis(config)
             self.latent = CharmHyperprior(config.latent)
             return
-        reach, self.synthesis_margin = patch_margins(config.encoder_blocks, config.decoder_blocks)
+        reach, self.synthesis_margin = patch_margins(config.encoder_blocks, config.decoder_blocks, config.kinds)
         if config.attention:
             reach += 8 * SEEN * config.encoder_blocks[1]
             self.synthesis_margin += SEEN // 2 * config.decoder_blocks[1]
         self.analysis_margin = -(-reach // self.tile_multiple) * self.tile_multiple
-        first, second = ((ResidualBlock, attentive_block, ResidualBlock) if config.attention else blocks_of(kinds)
-                         for kinds in config.kinds)  # fmt: skip
+        first, second = (blocks_of(kinds) for kinds in config.kinds)
+        if config.attention:
+            first = second = (ResidualBlock, attentive_block, ResidualBlock)
         self.g_a = PatchAnalysis(config.widths, config.encoder_blocks, config.latent, first, config.gates)
         self.g_s = PatchSynthesis(config.widths, config.decoder_blocks, config.latent, second, config.gates)
         self.latent = ContextHyperprior(config.latent)

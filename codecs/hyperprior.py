@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from ..entropy.hyperprior import ContextHyperprior, LatentConfig
-from ..nn.transforms import PatchAnalysis, PatchSynthesis, blocks_of, patch_margins
+from ..nn.transforms import PLAIN, PatchAnalysis, PatchSynthesis, blocks_of, patch_margins
 from .base import ADDED, LatentCodec
 
 
@@ -28,7 +28,7 @@ class Config:
     """Hidden width of the blocks at H/16, which have as many channels as y otherwise."""
     gates: bool = field(default=False, metadata=ADDED)
     """Energy gates at H/4 and H/8, see ``nn.transforms``."""
-    kinds: tuple[str, str] = field(default=("ppp", "ppp"), metadata=ADDED)
+    kinds: tuple[str, str] = field(default=PLAIN, metadata=ADDED)
     """Kinds of the blocks of either side at H/4, H/8 and H/16, see ``nn.transforms.KINDS``."""
 
 
@@ -57,7 +57,7 @@ class Hyperprior(LatentCodec):
 
     def __init__(self, config: Config, preset: str = "custom"):
         super().__init__(config, preset)
-        reach, self.synthesis_margin = patch_margins(config.encoder_blocks, config.decoder_blocks)
+        reach, self.synthesis_margin = patch_margins(config.encoder_blocks, config.decoder_blocks, config.kinds)
         self.analysis_margin = -(-reach // self.tile_multiple) * self.tile_multiple
         first, second = (blocks_of(kinds, config.narrow) for kinds in config.kinds)
         self.g_a = PatchAnalysis(config.widths, config.encoder_blocks, config.latent, first, config.gates)

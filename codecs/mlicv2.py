@@ -24,7 +24,7 @@ from ..entropy.context.mlic_parts import PublishedHyper
 from ..nn.blocks import LevelAffine, Upsample
 from ..nn.mixing import TokenMixing
 from ..nn.residual import GeluBlock, StridedBlock, UpsamplingBlock
-from ..nn.transforms import PatchAnalysis, PatchSynthesis, blocks_of, patch_margins
+from ..nn.transforms import PLAIN, PatchAnalysis, PatchSynthesis, blocks_of, patch_margins
 from .base import ADDED, LatentCodec
 
 
@@ -80,10 +80,10 @@ class Config:
     decoder_blocks: tuple[int, int, int] = (0, 0, 0)
     mixing: bool = True
     narrow: int | None = field(default=None, metadata=ADDED)
-    """Hidden width of plain blocks at H/16, which have as many channels as y otherwise."""
+    """Hidden width of plain or normed blocks at H/16, which have as many channels as y otherwise."""
     gates: bool = field(default=False, metadata=ADDED)
     """Energy gates at H/4 and H/8, see ``nn.transforms``."""
-    kinds: tuple[str, str] = field(default=("ppp", "ppp"), metadata=ADDED)
+    kinds: tuple[str, str] = field(default=PLAIN, metadata=ADDED)
     """Kinds of the blocks of either side at H/4, H/8 and H/16 without ``mixing``, see ``nn.transforms.KINDS``."""
 
 
@@ -107,7 +107,7 @@ _BASE = Config((96, 192), encoder_blocks=(4, 3, 1), decoder_blocks=(1, 3, 1), mi
                                  guide=16, lambda_low=0.0005, lambda_high=0.45, **_SMALL))  # fmt: skip
 # The net before it, of plain blocks. Three at H/8 of the encoder and one at H/16 of either side, which there were in training,
 # had died (see ``train.revive``); their width ``narrow`` stays, because it counts in the id of the models.
-_PLAIN = replace(_BASE, encoder_blocks=(3, 0, 0), decoder_blocks=(1, 3, 0), narrow=112, gates=False, kinds=("ppp", "ppp"),
+_PLAIN = replace(_BASE, encoder_blocks=(3, 0, 0), decoder_blocks=(1, 3, 0), narrow=112, gates=False, kinds=PLAIN,
                  latent=replace(_BASE.latent, lambda_high=0.3))  # fmt: skip
 
 
@@ -135,11 +135,11 @@ class MLICv2(LatentCodec):
             reach, self.synthesis_margin = _published_margins(config.mixing)
         else:
             # at H/4 a mixing block takes 1.8 times as long to train as a plain one, for less than half of its products
-            first, second = (blocks_of("pmm" if config.mixing else kinds, config.narrow) for kinds in config.kinds)
+            kinds = ("pmm", "pmm") if config.mixing else config.kinds
+            first, second = (blocks_of(k, config.narrow) for k in kinds)
             self.g_a = PatchAnalysis(config.widths, config.encoder_blocks, latent, first, config.gates)
             self.g_s = PatchSynthesis(config.widths, config.decoder_blocks, latent, second, config.gates)
-            sees = TokenMixing.reach if config.mixing else 2
-            reach, self.synthesis_margin = patch_margins(config.encoder_blocks, config.decoder_blocks, sees)
+            reach, self.synthesis_margin = patch_margins(config.encoder_blocks, config.decoder_blocks, kinds)
         self.analysis_margin = -(-reach // self.tile_multiple) * self.tile_multiple
         self.latent = MlicHyperprior(latent)
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 class ResidualBlock(nn.Module):
     """x + conv3(relu(conv3(x))); shape (B, C, H, W) is kept. The branch starts at a tenth of its usual size."""
 
+    reach = 2  # samples that it sees to every side
+
     def __init__(self, channels: int, hidden: int | None = None):
         super().__init__()
         hidden = hidden or channels
@@ -44,6 +46,8 @@ class NormedBlock(nn.Module):
     strong edges from drowning the rest, and weak textures as they are; the factors s start small, so that a step in the last
     kernel is a small one.
     """
+
+    reach = 2
 
     def __init__(self, channels: int, hidden: int | None = None):
         super().__init__()

@@ -24,13 +24,15 @@ Blocks = Block | tuple[Block, Block, Block]
 """One kind of block for all stages, or one each for H/4, H/8 and H/16."""
 
 
-KINDS: dict[str, Block] = {"p": ResidualBlock, "n": NormedBlock, "m": TokenMixing}
+KINDS = {"p": ResidualBlock, "n": NormedBlock, "m": TokenMixing}
+"""Kinds of residual blocks: plain, normed, token mixing."""
+PLAIN = ("ppp", "ppp")
 
 
 def blocks_of(kinds: str, narrow: int | None = None) -> Blocks:
-    """Blocks by the letters of KINDS, one each for H/4, H/8 and H/16; those at H/16 have ``narrow`` hidden channels."""
+    """Blocks by the letters of KINDS, one each for H/4, H/8 and H/16. ``narrow``: hidden channels of those at H/16."""
     at4, at8, at16 = (KINDS[k] for k in kinds)
-    return at4, at8, at16 if at16 is TokenMixing else partial(at16, hidden=narrow)
+    return at4, at8, partial(at16, hidden=narrow) if narrow else at16
 
 
 def _stages(block: Blocks, counts: tuple[int, int, int], channels: tuple[int, int, int]) -> list[list[nn.Module]]:
@@ -118,9 +120,11 @@ def aligned(codec: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def patch_margins(encoder: tuple[int, int, int], decoder: tuple[int, int, int], reach: int = 2) -> tuple[int, int]:
-    """(pixels, cells) that the two transforms see beyond a tile. ``reach``: of a block, in samples to every side."""
+def patch_margins(encoder: tuple[int, int, int], decoder: tuple[int, int, int],
+                  kinds: tuple[str, str] = PLAIN) -> tuple[int, int]:  # fmt: skip
+    """(pixels, cells) that the two transforms, of blocks of these KINDS, see beyond a tile."""
     (e4, e8, e16), (d4, d8, d16) = encoder, decoder
+    reach = max(KINDS[k].reach for k in "".join(kinds))
     pixels = 4 * (1 + reach * e4 + 1) + 8 * reach * e8 + 16 * reach * e16
     return pixels, -(-(4 * (reach * d4 + 1) + 8 * reach * d8 + 16 * reach * d16) // 16)
 

@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from contract import GOLDEN, ImageCodecContract
 from neuralcodec.codecs import registry
+from neuralcodec.codecs.base import count_parameters, macs
 from neuralcodec.codecs.image import encode_picture, picture_info
 from neuralcodec.container import loads
 from neuralcodec.media.image import Picture
@@ -29,6 +31,16 @@ class TestMixedBoth(ImageCodecContract):
 
 
 PRESETS = ("test", "test-mixed", "test-mixed-both")
+
+
+@pytest.mark.parametrize("preset, parameters, kmacs", [("light", 1.5e6, 25), ("light-ms-ssim", 1.5e6, 25), ("base", 8e6, 120)])
+def test_presets_keep_their_limits(preset, parameters, kmacs):
+    """Of parameters, and of multiply-adds per pixel in either transform."""
+    codec = registry.codec_class("hyperprior").from_preset(preset)
+    level = torch.tensor([500.0])
+    assert count_parameters(codec) <= parameters
+    assert macs(codec.g_a, torch.zeros(1, 3, 256, 256), level) / 256**2 <= 1000 * kmacs
+    assert macs(codec.g_s, torch.zeros(1, codec.config.latent.channels, 16, 16), level) / 256**2 <= 1000 * kmacs
 
 
 def reference(codec) -> ReferenceLatent:

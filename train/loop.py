@@ -162,9 +162,11 @@ def fit_blocks(codec: ImageCodec, x: Tensor, level: Tensor, names: set[str]) -> 
     if not blocks:
         return
     hooks = [m.register_forward_pre_hook(lambda block, args: block.fit(args[0])) for m in blocks]
-    codec(x, level)
-    for hook in hooks:
-        hook.remove()
+    try:
+        codec(x, level)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def set_hard(codec: ImageCodec, hard: bool) -> None:
