@@ -26,7 +26,7 @@ from .container.format import Head, Limits, dumps, loads, read_head, sniff
 SUFFIX = ".nlc"
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".ppm", ".pgm"}
 DEFAULT_QUALITY = 50.0
-ANNEALING = {8: 80, 9: 250}
+ANNEALING = {7: 40, 8: 80, 9: 250}
 """Iterations by effort, see ``codecs.anneal``."""
 DEVICES = ("auto", "cpu", "cuda")
 EXIT_CODES = """exit codes: 0 done, 1 error, 2 wrong call, 3 damaged file, 4 model missing or mismatched,
@@ -847,10 +847,11 @@ def _encode_options(p: argparse.ArgumentParser) -> None:
     how.add_argument(
         "-e", "--effort", type=int, choices=range(1, 10), metavar="1..9",
         help="1-3 is --fast, 4-6 the default model, 7-9 is --best, unless a model is named; "
-             "8 and 9 also search for a better latent, which takes about a minute; "
+             "7, 8 and 9 also search for a better latent, which takes half a minute, one and three for a small picture; "
              "other files: 1 is fastest, from 5 on text meets the language model, 9 is smallest (default 5)",
     )  # fmt: skip
-    text = f"length of that search, with any effort and model (default {ANNEALING[8]} for -e 8, {ANNEALING[9]} for -e 9)"
+    lengths = ", ".join(f"{n} for -e {effort}" for effort, n in ANNEALING.items())
+    text = f"length of that search, with any effort and model (default {lengths})"
     how.add_argument("--iterations", type=count_of(0), metavar="N", help=text)
     how.add_argument("--verify", action="store_true", help="decode and compare before the result is written")
     how.add_argument("--strip", action="store_true", help="leave out EXIF, XMP and ICC data; turn the picture upright")

@@ -30,6 +30,8 @@ class Config:
     """Energy gates at H/4 and H/8, see ``nn.transforms``."""
     kinds: tuple[str, str] = field(default=PLAIN, metadata=ADDED)
     """Kinds of the blocks of either side at H/4, H/8 and H/16, see ``nn.transforms.KINDS``."""
+    hidden: tuple[tuple[int, int, int], tuple[int, int, int]] | None = field(default=None, metadata=ADDED)
+    """Hidden widths of the blocks of either side at H/4, H/8 and H/16, which have as many channels as the map otherwise."""
 
 
 _TEST = Config((16, 16), (1, 1, 0), (1, 1, 0),
@@ -46,6 +48,8 @@ class Hyperprior(LatentCodec):
         "test-mixed": _TEST,  # with context mixing of y
         "test-mixed-both": _TEST,  # and of z
         "light": Config(_LIGHT.widths, (2, 0, 0), (2, 0, 0), _LIGHT.latent, gates=True),
+        "light-deep": Config(_LIGHT.widths, (3, 4, 0), (4, 2, 0), replace(_LIGHT.latent, lambda_high=0.45), gates=True,
+                             kinds=("nnn", "nnn"), hidden=((32, 24, 0), (64, 58, 0))),
         # without the blocks at H/16, trained for MS-SSIM
         "light-ms-ssim": replace(_LIGHT, latent=replace(_LIGHT.latent, lambda_low=0.0008, lambda_high=0.5)),
         "base": Config(_LIGHT.widths, (3, 4, 1), (2, 2, 0), replace(_LIGHT.latent, lambda_high=0.45), narrow=96, gates=True,
@@ -59,7 +63,7 @@ class Hyperprior(LatentCodec):
         super().__init__(config, preset)
         reach, self.synthesis_margin = patch_margins(config.encoder_blocks, config.decoder_blocks, config.kinds)
         self.analysis_margin = -(-reach // self.tile_multiple) * self.tile_multiple
-        first, second = (blocks_of(kinds, config.narrow) for kinds in config.kinds)
+        first, second = (blocks_of(k, config.narrow, w) for k, w in zip(config.kinds, config.hidden or (None, None)))
         self.g_a = PatchAnalysis(config.widths, config.encoder_blocks, config.latent, first, config.gates)
         self.g_s = PatchSynthesis(config.widths, config.decoder_blocks, config.latent, second, config.gates)
         self.latent = ContextHyperprior(config.latent)

@@ -40,7 +40,8 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", nargs="?", metavar="DATASET", help="the same as --dataset")
     add("--dataset", metavar="NAME|DIR", help="kodak, clic2020-professional, tecnick, ..., NAME:SPLIT, or a folder")
-    add("--codec", nargs="*", default=[], metavar="MODEL", help="ours: hyperprior:light, ...; for fields grid:exact grid:rmse")
+    add("--codec", nargs="*", default=[], metavar="MODEL",
+        help="ours: hyperprior:light, ..., with a search hyperprior:light+80; for fields grid:exact grid:rmse")
     add("--peers", nargs="*", default=[], metavar="PEER",
         help="pictures: jpeg jpeg-444 webp avif jxl jpeg2000 compressai-mbt2018 ...; video: x264 x264-444 x265 x265-444 "
              "svt-av1; grid: sz3 sz3-2d zfp sperr bitround-zstd jpeg2000 netcdf-deflate; bytes: zlib bz2 lzma zstd brotli "

@@ -223,7 +223,7 @@ def run_codec(name: str, subject: Subject, samples: dict[str, tuple[str, Item]],
     ``samples``: name -> (fingerprint, where it is).
     """
     kind = KINDS[subject.kind]
-    done = _load(store, subject.identity, (kind.rate, "encode_mib", *metrics, *["ideal_bits"] * subject.ours))
+    done = _load(store, subject.identity, (kind.rate, "encode_mib", *metrics, *["ideal_bits"] * subject.estimates))
     keys = {sample: sha[:16] for sample, (sha, _) in samples.items()}
     names = {key: sample for sample, key in keys.items()}
     wanted = [(keys[n], item, s) for n, (_, item) in samples.items() for s in subject.settings]
@@ -674,19 +674,20 @@ def write_measured(model: str, summary: dict[str, Any]) -> None:
     from ..codecs import registry
     from ..train.freeze import write_card
 
-    codec, preset = registry.split(model)
+    codec, preset = registry.split(model.partition("+")[0])
     card = next(c for c in registry.describe() if (c["codec"], c["preset"]) == (codec, preset))
     path = Path(card.pop("file")).with_suffix(".json")
-    entry, dataset = summary["codecs"][f"{codec}:{preset}"], summary["dataset"]
+    name = f"{codec}:{preset}{''.join(model.partition('+')[1:])}"
+    entry, dataset = summary["codecs"][name], summary["dataset"]
     settings = " ".join(f"{r['setting']:g}" for r in entry["curve"])
     measured: dict[str, Any] = {
-        "command": f"codec eval --dataset {dataset} --codec {codec}:{preset} --qualities {settings} --metrics psnr ms_ssim",
+        "command": f"codec eval --dataset {dataset} --codec {name} --qualities {settings} --metrics psnr ms_ssim",
         "dataset_sha256": summary["dataset_sha256"],
         "curve": [{k: round(r[k], 5) for k in ("setting", "bpp", "psnr", "ms_ssim")} for r in entry["curve"]],
     }
-    name = summary["anchor"].partition(" ")[0].rpartition(":")[2]
+    anchor = summary["anchor"].partition(" ")[0].rpartition(":")[2]
     for kind, suffix in (("bd_rate", ""), ("bd_rate_ms_ssim", "_ms_ssim")):
         if "percent" in (found := entry.get(kind, {}).get("akima", {})):
-            measured[f"bd_rate_{name}{suffix}"] = round(found["percent"], 2)
-    card.setdefault("measured", {})[dataset] = measured
+            measured[f"bd_rate_{anchor}{suffix}"] = round(found["percent"], 2)
+    card.setdefault("measured", {})[dataset + "".join(model.partition("+")[1:])] = measured
     write_card(path, card)

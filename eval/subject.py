@@ -25,6 +25,7 @@ class Subject(ABC):
     settings: tuple[float, ...]
     kind = "image"
     ours = False
+    estimates = False  # whether ``ideal_bits`` knows
     whole = False  # whether ``encode`` takes the sample itself (a Field), not only its values
 
     @abstractmethod
@@ -94,7 +95,9 @@ class _Estimated:
 
 
 class Ours(Subject):
-    """One of our models, ``codec:preset``; settings are qualities 0..100."""
+    """One of our models, ``codec:preset``; settings are qualities 0..100.
+
+    ``codec:preset+N`` encodes with a search of N iterations (``codecs.anneal``). """
 
     ours = True
 
@@ -104,12 +107,23 @@ class Ours(Subject):
         bad = [q for q in qualities if not 0 <= q <= 100]
         if bad or not qualities:
             raise UsageError(f"quality {bad[0]:g} is outside of 0..100" if bad else "no qualities to measure at")
-        self.codec = registry.load(*registry.split(model))
+        plain, plus, iterations = model.partition("+")
+        if plus and not (iterations.isdecimal() and int(iterations)):
+            raise UsageError(f"{model}: what follows the + is a number of iterations, {plain}+80")
+        self.codec = registry.load(*registry.split(plain))
         if self.codec.kind != "image":
             raise UsageError(f"{model} codes {self.codec.kind}; only models of pictures are measured here")
-        self.name, self.settings = f"{self.codec.name}:{self.codec.preset}", tuple(sorted(set(qualities)))
+        self.model, self.settings = f"{self.codec.name}:{self.codec.preset}", tuple(sorted(set(qualities)))
+        self.name = self.model + plus + iterations
         self.describe, self.identity = f"model {self.codec.model_id.hex()}", self.codec.model_id.hex()
-        self._clock = _Timed(self.codec)
+        self._clock, self._search = _Timed(self.codec), None
+        self.estimates = not plus
+        if plus:
+            from ..codecs.anneal import REVISION, Annealer
+
+            self._search = Annealer(int(iterations))
+            self.describe += f", a search of {iterations} iterations"
+            self.identity += f"+{iterations}.{REVISION}"
 
     def encode(self, sample: np.ndarray, setting: float) -> bytes:
         from ..codecs.base import level_of
@@ -118,7 +132,11 @@ class Ours(Subject):
         from ..media.image import Picture
 
         self._clock.seconds.clear()
-        stream = encode_picture(self._clock, Picture(sample), level_of(setting))
+        if self._search:  # it uses the codec's parts, which the clock does not see
+            search = self._clock.timed(encode_picture, "search")
+            stream = search(self.codec, Picture(sample), level_of(setting), tile_encoder=self._search)
+        else:
+            stream = encode_picture(self._clock, Picture(sample), level_of(setting))
         return self._clock.timed(dumps, "container")(stream)
 
     def decode(self, data: bytes) -> np.ndarray:
@@ -138,10 +156,12 @@ class Ours(Subject):
 
         found = {"parameters": count_parameters(self.codec)}
         # counted when the model was frozen, which takes away the float layers that a count runs through
-        card = next((c for c in registry.describe() if self.name == f"{c['codec']}:{c['preset']}"), {})
+        card = next((c for c in registry.describe() if self.model == f"{c['codec']}:{c['preset']}"), {})
         return found | {k: card[k] for k in ("parameters", "kmac_per_pixel") if k in card}
 
     def ideal_bits(self, sample: np.ndarray, setting: float) -> float | None:
+        if not self.estimates:
+            return None
         from ..codecs.base import level_of
         from ..codecs.image import encode_picture
         from ..media.image import Picture

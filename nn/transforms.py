@@ -29,10 +29,12 @@ KINDS = {"p": ResidualBlock, "n": NormedBlock, "m": TokenMixing}
 PLAIN = ("ppp", "ppp")
 
 
-def blocks_of(kinds: str, narrow: int | None = None) -> Blocks:
-    """Blocks by the letters of KINDS, one each for H/4, H/8 and H/16. ``narrow``: hidden channels of those at H/16."""
-    at4, at8, at16 = (KINDS[k] for k in kinds)
-    return at4, at8, partial(at16, hidden=narrow) if narrow else at16
+def blocks_of(kinds: str, narrow: int | None = None, hidden: tuple[int, int, int] | None = None) -> Blocks:
+    """Blocks by the letters of KINDS, one each for H/4, H/8 and H/16, with ``hidden`` channels inside: as many as the map
+    has by default, or ``narrow`` at H/16."""
+    widths = hidden or (None, None, narrow)
+    at4, at8, at16 = (partial(KINDS[k], hidden=n) if n else KINDS[k] for k, n in zip(kinds, widths))
+    return at4, at8, at16
 
 
 def _stages(block: Blocks, counts: tuple[int, int, int], channels: tuple[int, int, int]) -> list[list[nn.Module]]:

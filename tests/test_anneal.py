@@ -8,7 +8,7 @@ import torch
 from contract import as_tensor, photo
 from neuralcodec import cli
 from neuralcodec.codecs import registry
-from neuralcodec.codecs.anneal import HOT, TEMPERATURE, Annealer, gumbel_round, temperature, thawed
+from neuralcodec.codecs.anneal import CHANCE, COOLING, HOT, RELAXED_MAX, Annealer, gumbel_round, temperatures, thawed
 from neuralcodec.codecs.base import Codec
 from neuralcodec.codecs.image import decode_picture, encode_picture
 from neuralcodec.container import UsageError, dumps, loads
@@ -86,15 +86,20 @@ def test_draws_and_temperature():
     """Near an integer the draw is certain, in the middle it is even; cold draws are integers."""
     generator = torch.Generator().manual_seed(0)
     v = torch.tensor([0.01, 0.5, 0.99, -1.3]).repeat(4000, 1)
-    q = gumbel_round(v, 0.1, generator)
+    q = gumbel_round(v, 0.1, 0.1, generator)
     assert torch.allclose(q[:, 0], torch.zeros(4000), atol=1e-3) and torch.allclose(q[:, 2], torch.ones(4000), atol=1e-3)
     assert abs(float(q[:, 1].mean()) - 0.5) < 0.03
     assert float((q[:, 1] - torch.round(q[:, 1])).abs().mean()) < 0.05
     assert float(q[:, 3].min()) >= -2 and float(q[:, 3].max()) <= -1
-    assert temperature(0) == temperature(HOT) == TEMPERATURE > temperature(0.7) > temperature(1)
-    assert temperature(1) == pytest.approx(0.5 * math.exp(-1.3))
+    soft = gumbel_round(v, 0.1, 0.7, generator)  # as likely to lean to either side, but not decided
+    assert abs(float((soft[:, 1] > 0.5).float().mean()) - 0.5) < 0.03
+    assert float((soft[:, 1] - torch.round(soft[:, 1])).abs().mean()) > 0.1
+    chances, relaxed = zip(*(temperatures(k, 80) for k in (0, 28, 56, 80)))
+    assert chances[0] == chances[1] == CHANCE > chances[2] > chances[3] == pytest.approx(CHANCE * math.exp(-COOLING))
+    assert relaxed[0] == relaxed[1] > relaxed[2] > relaxed[3] and 80 * HOT == 28
+    assert temperatures(0, 320)[1] == pytest.approx(relaxed[0] / 2) and temperatures(1, 4)[1] == RELAXED_MAX
     w = torch.tensor([0.4], requires_grad=True)
-    gumbel_round(w, 0.5, generator).sum().backward()
+    gumbel_round(w, 0.5, 0.5, generator).sum().backward()
     assert float(w.grad) > 0
 
 
@@ -113,7 +118,7 @@ def test_command_line(tmp_path, capsys):
     def iterations(text):
         return cli.annealing_of(parser.parse_args(["encode", "a", *text.split()]))
 
-    assert [iterations(t) for t in ("", "-e 7", "-e 8", "-e 9")] == [0, 0, cli.ANNEALING[8], cli.ANNEALING[9]]
+    assert [iterations(t) for t in ("", "-e 6", "-e 7", "-e 9")] == [0, 0, cli.ANNEALING[7], cli.ANNEALING[9]]
     assert iterations("-e 9 --iterations 5 -m hyperprior:test") == 5
     source, files = tmp_path / "a.png", [tmp_path / "plain.nlc", tmp_path / "annealed.nlc"]
     write = tmp_path / "a.png"

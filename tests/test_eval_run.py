@@ -101,6 +101,27 @@ def test_estimated_bits_are_the_bytes_of_the_file():
     assert 0 < bits - estimate <= 8 * 96
 
 
+def test_a_search_is_measured_beside_the_plain_encoder(pictures, tmp_path):
+    """MODEL+N: smaller cost at the same quality, told apart in results and store, without an estimate that nobody made."""
+    from neuralcodec.codecs import registry
+    from neuralcodec.codecs.base import level_of
+
+    models = ["hyperprior:test", "hyperprior:test+24"]
+    summary = run.evaluate(pictures, models, [], tmp_path, qualities=[20, 40, 60, 80], threads=1)
+    assert summary["failures"] == []
+    plain, searched = (summary["codecs"][m] for m in models)
+    assert plain["identity"] != searched["identity"] and "24 iterations" in searched["describe"]
+    lambda_of = registry.load("hyperprior", "test").lambda_of
+    for before, after in zip(plain["curve"], searched["curve"]):
+        weight = lambda_of(level_of(before["setting"]))
+        costs = [row["bpp"] + weight * 255**2 * 10 ** (-row["psnr_pooled"] / 10) for row in (before, after)]
+        assert costs[1] < costs[0]
+        assert "ideal_bpp" in before and "ideal_bpp" not in after and after["encode_stages"]["search"] > 0
+    assert (tmp_path / "hyperprior-test-24.points.jsonl").exists()
+    with pytest.raises(UsageError, match="number of iterations"):
+        Ours("hyperprior:test+many", [50])
+
+
 def test_the_table_prints_the_overhead(pictures, tmp_path, capsys):
     code = main(["eval", str(pictures), "--codec", "hyperprior:test", "--qualities", "20", "40", "60", "80", "--out",
                  str(tmp_path), "--quiet", "--threads", "1", "--metrics", "psnr"])  # fmt: skip
@@ -285,6 +306,9 @@ def test_a_card_takes_what_was_measured(tmp_path, monkeypatch):
     measured = json.loads((tmp_path / "hyperprior-test.json").read_text())["measured"]["few"]
     assert measured["command"] == "codec eval --dataset few --codec hyperprior:test --qualities 0 42.5 --metrics psnr ms_ssim"
     assert measured["bd_rate_vtm"] == 12.35 and "bd_rate_vtm_ms_ssim" not in measured and measured["curve"] == curve
+    write_measured("hyperprior:test+80", summary | {"codecs": {"hyperprior:test+80": {"curve": curve, **rates}}})
+    both = json.loads((tmp_path / "hyperprior-test.json").read_text())["measured"]
+    assert both["few"] == measured and "hyperprior:test+80" in both["few+80"]["command"]
     rates["bd_rate_ms_ssim"]["akima"] = {"percent": -1.0}
     write_measured("hyperprior:test", summary | {"codecs": {"hyperprior:test": {"curve": curve, **rates}}})
     assert json.loads((tmp_path / "hyperprior-test.json").read_text())["measured"]["few"]["bd_rate_vtm_ms_ssim"] == -1.0
