@@ -47,10 +47,10 @@ class Hyperprior(LatentCodec):
         "test": _TEST,
         "test-mixed": _TEST,  # with context mixing of y
         "test-mixed-both": _TEST,  # and of z
-        "light": Config(_LIGHT.widths, (2, 0, 0), (2, 0, 0), _LIGHT.latent, gates=True),
-        "light-deep": Config(_LIGHT.widths, (3, 4, 0), (4, 2, 0), replace(_LIGHT.latent, lambda_high=0.45), gates=True,
-                             kinds=("nnn", "nnn"), hidden=((32, 24, 0), (64, 58, 0))),
-        # without the blocks at H/16, trained for MS-SSIM
+        # pruned from base (``train.prune``), which spends more on the encoder than it needs; the decoder has two blocks more
+        "light": Config(_LIGHT.widths, (3, 4, 0), (4, 2, 0), replace(_LIGHT.latent, lambda_high=0.45), gates=True,
+                        kinds=("nnn", "nnn"), hidden=((32, 24, 0), (64, 58, 0))),
+        # plain blocks, trained for MS-SSIM
         "light-ms-ssim": replace(_LIGHT, latent=replace(_LIGHT.latent, lambda_low=0.0008, lambda_high=0.5)),
         "base": Config(_LIGHT.widths, (3, 4, 1), (2, 2, 0), replace(_LIGHT.latent, lambda_high=0.45), narrow=96, gates=True,
                        kinds=("nnn", "nnn")),
