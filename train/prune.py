@@ -1,9 +1,9 @@
 """A trained net of the skeleton of ``nn.transforms`` made smaller: blocks taken out, hidden channels of the others thinned out.
 
-    python -m neuralcodec.train.prune hyperprior:base runs/base/last.pt --drop g_a.at16.0 g_a.at8.1 g_a.at8.2 \\
-        --hidden g_a.at8:32 g_s.at8:64 --data photos/ --out small.pt
+    python -m neuralcodec.train.prune hyperprior:base runs/base/last.pt --drop g_a.at16.0 \\
+        --hidden g_a.at4:32 g_a.at8:24 g_s.at8:58 --data photos/ --out small.pt
 
-What a net of many blocks has learned in an hour of an accelerator is a better start for a small one than what a small one has
+What a net of many blocks has learned on an accelerator is a better start for a small one than what a small one has
 learned by itself. Hidden channels go one after another, always the one whose loss the others make up for best: what is left of
 the second kernel of a block is fitted anew to what the block computed, by least squares on training pictures at levels over
 the whole range (as in He, Zhang, Sun 2017, "Channel pruning for accelerating very deep neural networks", where a lasso picks).
@@ -32,8 +32,8 @@ SAMPLES = 60_000  # positions of a block that a fit sees
 @torch.no_grad()
 def drop(codec: nn.Module, names: list[str]) -> None:
     """Take the residual blocks ``names`` out of ``codec``; what stands behind them moves up."""
-    for name in sorted(names, reverse=True):
-        stage, _, number = name.rpartition(".")
+    where = ((name, *name.rpartition(".")[::2]) for name in names)
+    for name, stage, number in sorted(where, key=lambda n: int(n[2]), reverse=True):
         parts = list(codec.get_submodule(stage))
         if not isinstance(parts[int(number)], NormedBlock):
             raise ValueError(f"{name}: is no normed block")
