@@ -24,14 +24,12 @@ class Config:
     encoder_blocks: tuple[int, int, int]
     decoder_blocks: tuple[int, int, int]
     latent: LatentConfig
-    narrow: int | None = field(default=None, metadata=ADDED)
-    """Hidden width of the blocks at H/16, which have as many channels as y otherwise."""
     gates: bool = field(default=False, metadata=ADDED)
     """Energy gates at H/4 and H/8, see ``nn.transforms``."""
     kinds: tuple[str, str] = field(default=PLAIN, metadata=ADDED)
     """Kinds of the blocks of either side at H/4, H/8 and H/16, see ``nn.transforms.KINDS``."""
-    hidden: tuple[tuple[int, int, int], tuple[int, int, int]] | None = field(default=None, metadata=ADDED)
-    """Hidden widths of the blocks of either side at H/4, H/8 and H/16, which have as many channels as the map otherwise."""
+    hidden: tuple[tuple[int, int, int], tuple[int, int, int]] = field(default=((0, 0, 0), (0, 0, 0)), metadata=ADDED)
+    """Hidden widths of the blocks of either side at H/4, H/8 and H/16; 0 for as many channels as the map has."""
 
 
 _TEST = Config((16, 16), (1, 1, 0), (1, 1, 0),
@@ -52,8 +50,8 @@ class Hyperprior(LatentCodec):
                         kinds=("nnn", "nnn"), hidden=((32, 24, 0), (64, 58, 0))),
         # plain blocks, trained for MS-SSIM
         "light-ms-ssim": replace(_LIGHT, latent=replace(_LIGHT.latent, lambda_low=0.0008, lambda_high=0.5)),
-        "base": Config(_LIGHT.widths, (3, 4, 1), (2, 2, 0), replace(_LIGHT.latent, lambda_high=0.45), narrow=96, gates=True,
-                       kinds=("nnn", "nnn")),
+        "base": Config(_LIGHT.widths, (3, 4, 1), (2, 2, 0), replace(_LIGHT.latent, lambda_high=0.45), gates=True,
+                       kinds=("nnn", "nnn"), hidden=((0, 0, 96), (0, 0, 0))),
         "paper": Config((192, 192), (3, 3, 3), (3, 3, 3),
                         LatentConfig((16, 16, 32, 64, 192), hyper=192, width=256, features=640, context=224, trunk=256,
                                      squeeze=320, residual=224, kernel=5)),
@@ -63,7 +61,7 @@ class Hyperprior(LatentCodec):
         super().__init__(config, preset)
         reach, self.synthesis_margin = patch_margins(config.encoder_blocks, config.decoder_blocks, config.kinds)
         self.analysis_margin = -(-reach // self.tile_multiple) * self.tile_multiple
-        first, second = (blocks_of(k, config.narrow, w) for k, w in zip(config.kinds, config.hidden or (None, None)))
+        first, second = (blocks_of(*side) for side in zip(config.kinds, config.hidden))
         self.g_a = PatchAnalysis(config.widths, config.encoder_blocks, config.latent, first, config.gates)
         self.g_s = PatchSynthesis(config.widths, config.decoder_blocks, config.latent, second, config.gates)
         self.latent = ContextHyperprior(config.latent)

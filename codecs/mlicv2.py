@@ -136,7 +136,7 @@ class MLICv2(LatentCodec):
         else:
             # at H/4 a mixing block takes 1.8 times as long to train as a plain one, for less than half of its products
             kinds = ("pmm", "pmm") if config.mixing else config.kinds
-            first, second = (blocks_of(k, config.narrow) for k in kinds)
+            first, second = (blocks_of(k, (0, 0, config.narrow or 0)) for k in kinds)
             self.g_a = PatchAnalysis(config.widths, config.encoder_blocks, latent, first, config.gates)
             self.g_s = PatchSynthesis(config.widths, config.decoder_blocks, latent, second, config.gates)
             reach, self.synthesis_margin = patch_margins(config.encoder_blocks, config.decoder_blocks, kinds)

@@ -34,7 +34,7 @@ from ..datasets.registry import Dataset, DatasetError, check_bytes, check_pixels
 from .bdrate import METHODS, anchor_names, bd_psnr, bd_rate, load_anchor
 from .kinds import KINDS, SET_METRICS, Item, Kind
 from .peers import is_peer, peer
-from .subject import Ours, OursBytes, Subject
+from .subject import Ours, OursBytes, Subject, parted
 
 QUALITIES = (0.0, 12.0, 25.0, 40.0, 55.0, 70.0, 85.0, 100.0)
 DEFAULT_ANCHORS = ("vtm", "mlicpp")  # published curves taken when nobody asks for another, the first that there is
@@ -674,10 +674,11 @@ def write_measured(model: str, summary: dict[str, Any]) -> None:
     from ..codecs import registry
     from ..train.freeze import write_card
 
-    codec, preset = registry.split(model.partition("+")[0])
+    plain, search = parted(model)
+    codec, preset = registry.split(plain)
     card = next(c for c in registry.describe() if (c["codec"], c["preset"]) == (codec, preset))
     path = Path(card.pop("file")).with_suffix(".json")
-    name = f"{codec}:{preset}{''.join(model.partition('+')[1:])}"
+    name = f"{codec}:{preset}{search}"
     entry, dataset = summary["codecs"][name], summary["dataset"]
     settings = " ".join(f"{r['setting']:g}" for r in entry["curve"])
     measured: dict[str, Any] = {
@@ -689,5 +690,5 @@ def write_measured(model: str, summary: dict[str, Any]) -> None:
     for kind, suffix in (("bd_rate", ""), ("bd_rate_ms_ssim", "_ms_ssim")):
         if "percent" in (found := entry.get(kind, {}).get("akima", {})):
             measured[f"bd_rate_{anchor}{suffix}"] = round(found["percent"], 2)
-    card.setdefault("measured", {})[dataset + "".join(model.partition("+")[1:])] = measured
+    card.setdefault("measured", {})[dataset + search] = measured
     write_card(path, card)

@@ -94,6 +94,12 @@ class _Estimated:
         return b"", y
 
 
+def parted(model: str) -> tuple[str, str]:
+    """``codec:preset+N`` -> (``codec:preset``, ``+N``); the second is empty for a model without a search."""
+    plain, plus, iterations = model.partition("+")
+    return plain, plus + iterations
+
+
 class Ours(Subject):
     """One of our models, ``codec:preset``; settings are qualities 0..100.
 
@@ -107,23 +113,24 @@ class Ours(Subject):
         bad = [q for q in qualities if not 0 <= q <= 100]
         if bad or not qualities:
             raise UsageError(f"quality {bad[0]:g} is outside of 0..100" if bad else "no qualities to measure at")
-        plain, plus, iterations = model.partition("+")
-        if plus and not (iterations.isdecimal() and int(iterations)):
+        plain, search = parted(model)
+        iterations = search.removeprefix("+")
+        if search and not (iterations.isdecimal() and int(iterations)):
             raise UsageError(f"{model}: what follows the + is a number of iterations, {plain}+80")
         self.codec = registry.load(*registry.split(plain))
         if self.codec.kind != "image":
             raise UsageError(f"{model} codes {self.codec.kind}; only models of pictures are measured here")
         self.model, self.settings = f"{self.codec.name}:{self.codec.preset}", tuple(sorted(set(qualities)))
-        self.name = self.model + plus + iterations
+        self.name = self.model + search
         self.describe, self.identity = f"model {self.codec.model_id.hex()}", self.codec.model_id.hex()
         self._clock, self._search = _Timed(self.codec), None
-        self.estimates = not plus
-        if plus:
+        self.estimates = not search
+        if search:
             from ..codecs.anneal import REVISION, Annealer
 
             self._search = Annealer(int(iterations))
             self.describe += f", a search of {iterations} iterations"
-            self.identity += f"+{iterations}.{REVISION}"
+            self.identity += f"{search}.{REVISION}"
 
     def encode(self, sample: np.ndarray, setting: float) -> bytes:
         from ..codecs.base import level_of

@@ -67,12 +67,15 @@ class NormedBlock(nn.Module):
         with torch.no_grad():
             self.log_gain.copy_(-x.std((0, 2, 3)).clamp_min(1e-3).log()[:, None, None])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def inner(self, x: Tensor) -> Tensor:
+        """What the last kernel sees, (B, hidden, h, w)."""
         u = x * self.log_gain.exp()
         u = u * torch.rsqrt(1 + u.square().mean(1, keepdim=True))
-        u = F.leaky_relu(self.a(u), 0.1, inplace=True)
+        return F.leaky_relu(self.a(u), 0.1, inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
         # a factor on the kernel is one on the map that costs nothing
-        return x + F.conv2d(u, self.b.weight * self.scale[:, None], self.b.bias * self.scale.flatten(), padding=1)
+        return x + F.conv2d(self.inner(x), self.b.weight * self.scale[:, None], self.b.bias * self.scale.flatten(), padding=1)
 
 
 class EnergyGate(nn.Module):

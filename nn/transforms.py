@@ -4,7 +4,7 @@ Nothing runs above H/4, where dense convolutions are slow on a CPU and learn lit
 and back, is linear: re-sampling convolutions without activation, so that ``train.klt`` can start it at a Karhunen-Loeve
 transform, and every non-linearity sits in a residual block of the codec's own kind, or in a gain: with ``gates`` there is a
 ``blocks.EnergyGate`` on the main path at H/4 and at H/8 of either side. Both sides see the quality level as an affine of the
-channels at H/8 (see ``blocks.LevelAffine``). Bundled ``base`` nets have ``blocks.NormedBlock``; plain ones die here.
+channels at H/8 (see ``blocks.LevelAffine``). ``blocks.NormedBlock`` is the kind to train; plain ones die here.
 """
 
 from __future__ import annotations
@@ -29,11 +29,9 @@ KINDS = {"p": ResidualBlock, "n": NormedBlock, "m": TokenMixing}
 PLAIN = ("ppp", "ppp")
 
 
-def blocks_of(kinds: str, narrow: int | None = None, hidden: tuple[int, int, int] | None = None) -> Blocks:
-    """Blocks by the letters of KINDS, one each for H/4, H/8 and H/16, with ``hidden`` channels inside: as many as the map
-    has by default, or ``narrow`` at H/16."""
-    widths = hidden or (None, None, narrow)
-    at4, at8, at16 = (partial(KINDS[k], hidden=n) if n else KINDS[k] for k, n in zip(kinds, widths))
+def blocks_of(kinds: str, hidden: tuple[int, int, int] = (0, 0, 0)) -> Blocks:
+    """Blocks by the letters of KINDS, one each for H/4, H/8 and H/16. ``hidden``: their channels inside; 0: those of the map."""
+    at4, at8, at16 = (partial(KINDS[k], hidden=n) if n else KINDS[k] for k, n in zip(kinds, hidden))
     return at4, at8, at16
 
 
@@ -83,12 +81,16 @@ class PatchSynthesis(nn.Module):
         return self.at4(self.gate4(self.at8(self.gate8(self.level(self.at16(y_hat), level))))).float() + 0.5
 
 
+def _shapes(state: dict[str, Tensor]) -> dict[str, Any]:
+    return {name: tensor.shape for name, tensor in state.items()}
+
+
 def aligned(codec: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """``state`` of a codec of these transforms by the names of ``codec``, which may have other numbers and kinds of blocks.
 
-    Blocks of ``codec`` that ``state`` lacks, or has of another kind, rest, where they can. Those that ``codec`` lacks are taken
-    out, the last ones of a stage first, and the constant that a plain block adds goes into the next layer: all that there is of
-    it when it is dead (see ``train.revive``). As it is for other codecs.
+    Blocks of ``codec`` that ``state`` lacks, or has of another kind or width, rest, where they can. Those that ``codec`` lacks
+    are taken out, the last ones of a stage first, and the constant that a plain block adds goes into the next layer: all that
+    there is of it when it is dead (see ``train.revive``). As it is for other codecs.
     """
     result = dict(state)
     for name, kind in (("g_a", PatchAnalysis), ("g_s", PatchSynthesis)):
@@ -113,7 +115,7 @@ def aligned(codec: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
                     last[bias] = last[bias] + last[weight].sum((2, 3)) @ constant
                 if (name, stage) == ("g_a", "at8"):
                     last[bias] = last[bias] + left
-            kept = {i: part for i, part in parts.items() if i < blocks and part.keys() == own[i].state_dict().keys()}
+            kept = {i: part for i, part in parts.items() if i < blocks and _shapes(part) == _shapes(own[i].state_dict())}
             for i in set(range(blocks)) - set(kept):
                 if hasattr(own[i], "rest"):
                     own[i].rest()

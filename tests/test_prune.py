@@ -64,7 +64,7 @@ def test_the_result_fits_a_smaller_codec(large):
     assert codec.g_a.at8[0] is blocks[1] and len(codec.g_a.at8) == 2
     lost = narrow(codec, {"g_a.at4": 12, "g_s.at8": 8}, x, level, batch=2)
     assert set(lost) == {"g_a.at4.0", "g_a.at4.1", "g_s.at8.0"}
-    small = Hyperprior(replace(codec.config, encoder_blocks=(2, 1, 0), hidden=((12, 16, 16), (16, 8, 16)))).eval()
+    small = Hyperprior(replace(codec.config, encoder_blocks=(2, 1, 0), hidden=((12, 0, 0), (0, 8, 0)))).eval()
     assert transfer(small, codec.state_dict()) == set()
     assert torch.equal(small.g_a(x, level), codec.g_a(x, level))
     y = codec.g_a(x, level).round()
@@ -76,3 +76,17 @@ def test_only_normed_blocks_are_taken_out(large):
     codec, *_ = large
     with pytest.raises(ValueError, match="g_a.at8.2: is no normed block"):
         drop(codec, ["g_a.at8.2"])
+
+
+def test_blocks_of_another_width_rest(large):
+    """Without pruning nothing of a wider block fits: it is left out whole, not by the tensors whose shapes happen to agree."""
+    codec, x, level = large
+    small = Hyperprior(replace(codec.config, hidden=((12, 0, 0), (0, 8, 0)))).eval()
+    transfer(small, codec.state_dict())
+    assert all(not block.scale.any() for block in [*small.g_a.at4[:2], small.g_s.at8[0]])
+    with torch.no_grad():
+        for block in [*codec.g_a.at4[:2], codec.g_s.at8[0]]:
+            block.scale.zero_()
+    assert torch.equal(small.g_a(x, level), codec.g_a(x, level))
+    y = codec.g_a(x, level).round()
+    assert torch.equal(small.g_s(y, level), codec.g_s(y, level))

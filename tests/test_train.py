@@ -171,7 +171,7 @@ def test_new_blocks_rest_at_first():
     """A codec with more blocks at H/16 goes on from one without: at first it does the same."""
     small = registry.codec_class("hyperprior").from_preset("test")
     config = small.config
-    large = Hyperprior(Config(config.widths, (1, 1, 1), (1, 1, 2), config.latent, 24))
+    large = Hyperprior(Config(config.widths, (1, 1, 1), (1, 1, 2), config.latent, hidden=((0, 0, 24),) * 2))
     left = transfer(large, small.state_dict())
     assert left == {f"{name}.{part}.{kind}" for name in ("g_a.at16.0", "g_s.at16.0", "g_s.at16.1")
                     for part in "ab" for kind in ("weight", "bias")}  # fmt: skip

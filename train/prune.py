@@ -34,12 +34,10 @@ def drop(codec: nn.Module, names: list[str]) -> None:
     """Take the residual blocks ``names`` out of ``codec``; what stands behind them moves up."""
     where = ((name, *name.rpartition(".")[::2]) for name in names)
     for name, stage, number in sorted(where, key=lambda n: int(n[2]), reverse=True):
-        parts = list(codec.get_submodule(stage))
-        if not isinstance(parts[int(number)], NormedBlock):
+        blocks = codec.get_submodule(stage)
+        if not isinstance(blocks[int(number)], NormedBlock):
             raise ValueError(f"{name}: is no normed block")
-        del parts[int(number)]
-        owner, _, attribute = stage.rpartition(".")
-        setattr(codec.get_submodule(owner), attribute, nn.Sequential(*parts))
+        del blocks[int(number)]
 
 
 def patches(hidden: Tensor, where: Tensor) -> Tensor:
@@ -61,12 +59,11 @@ def thin(block: NormedBlock, seen: list[Tensor], hidden: int) -> float:
     gram, cross = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, block.b.out_channels, dtype=torch.float64)
     energy = 0.0
     for x in seen:
-        u = x * block.log_gain.exp()
-        u = F.leaky_relu(block.a(u * torch.rsqrt(1 + u.square().mean(1, keepdim=True))), 0.1)
+        u = block.inner(x)
         cells = len(x) * x.shape[2] * x.shape[3]
         where = torch.randperm(cells, generator=generator)[: SAMPLES // len(seen)]
         columns = patches(u, where).double()
-        branch = (F.conv2d(u, block.b.weight, block.b.bias, padding=1)).movedim(1, 3).flatten(0, 2)[where].double()
+        branch = block.b(u).movedim(1, 3).flatten(0, 2)[where].double()
         branch = branch * block.scale.flatten()  # errors count as the map has them
         gram += columns.T @ columns
         cross += columns.T @ branch
@@ -98,8 +95,6 @@ def thin(block: NormedBlock, seen: list[Tensor], hidden: int) -> float:
     scale = block.scale.flatten().double()
     exact = torch.where(scale.abs() > 1e-8, exact / scale, 0)
     small = NormedBlock(block.a.in_channels, hidden)
-    small.log_gain.copy_(block.log_gain)
-    small.scale.copy_(block.scale)
     small.a.weight.copy_(block.a.weight[kept])
     small.a.bias.copy_(block.a.bias[kept])
     small.b.weight.copy_(exact[:-1].reshape(hidden, 3, 3, -1).permute(3, 0, 1, 2))
