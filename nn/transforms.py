@@ -30,7 +30,7 @@ PLAIN = ("ppp", "ppp")
 
 
 def blocks_of(kinds: str, hidden: tuple[int, int, int] = (0, 0, 0)) -> Blocks:
-    """Blocks by the letters of KINDS, one each for H/4, H/8 and H/16. ``hidden``: their channels inside; 0: those of the map."""
+    """Blocks by the letters of KINDS, one each for H/4, H/8 and H/16. ``hidden``: channels inside; 0 for those of the map."""
     at4, at8, at16 = (partial(KINDS[k], hidden=n) if n else KINDS[k] for k, n in zip(kinds, hidden))
     return at4, at8, at16
 
