@@ -85,6 +85,8 @@ class Config:
     """Energy gates at H/4 and H/8, see ``nn.transforms``."""
     kinds: tuple[str, str] = field(default=PLAIN, metadata=ADDED)
     """Kinds of the blocks of either side at H/4, H/8 and H/16 without ``mixing``, see ``nn.transforms.KINDS``."""
+    hidden: tuple[tuple[int, int, int], tuple[int, int, int]] = field(default=((0, 0, 0), (0, 0, 0)), metadata=ADDED)
+    """Their hidden widths on either side at H/4, H/8 and H/16; 0 for as many channels as the map has, or ``narrow``."""
 
 
 _SMALL = {"gelu": False, "centre": True, "shared": True, "mlp": False, "project": 1, "residual_kernel": 1,
@@ -93,10 +95,6 @@ _PUBLISHED = MlicConfig((32,) * 10, hyper=192, width=192, features=640, publishe
                         channel=((192, 3), (128, 3), (128, 3)), local=64, inter=64, intra=64)  # fmt: skip
 _PAPER = replace(_PUBLISHED, rope=True, guide=64, reweight=True)
 
-_LIGHT = Config((64, 96), encoder_blocks=(2, 2, 0), decoder_blocks=(2, 2, 0),
-                latent=MlicConfig((32, 48, 80, 128), hyper=32, width=56, features=56, channel=((40, 1), (56, 3)), local=32,
-                                  inter=16, intra=0, attention=32, entropy=(64, 72), residual=(40,), guide=16,
-                                  **_SMALL))  # fmt: skip
 # Dense kernels in place of token mixing make more products in the same time: two threads took 0.65 s a megapixel for 67 kMAC/px
 # of plain blocks, 0.82 s for 57 kMAC/px of mixing. The widths are those with which a megapixel still decodes within a second;
 # the encoder is deeper, since that costs no decoding, up to the 16 MiB that a file of weights may have.
@@ -105,6 +103,8 @@ _BASE = Config((96, 192), encoder_blocks=(4, 3, 1), decoder_blocks=(1, 3, 1), mi
                latent=MlicConfig((24, 56, 96, 144), hyper=64, width=96, features=112, channel=((96, 1), (112, 3)),
                                  local=48, inter=16, intra=0, attention=32, entropy=(128, 128), residual=(80,),
                                  guide=16, lambda_low=0.0005, lambda_high=0.45, **_SMALL))  # fmt: skip
+# Pruned from base (``train.prune``), with a second block at H/4 of the decoder.
+_LIGHT = replace(_BASE, encoder_blocks=(4, 2, 0), decoder_blocks=(2, 3, 0), hidden=((32, 48, 0), (64, 96, 0)), narrow=None)
 # The net before it, of plain blocks. Three at H/8 of the encoder and one at H/16 of either side, which there were in training,
 # had died (see ``train.revive``); their width ``narrow`` stays, because it counts in the id of the models.
 _PLAIN = replace(_BASE, encoder_blocks=(3, 0, 0), decoder_blocks=(1, 3, 0), narrow=112, gates=False, kinds=PLAIN,
@@ -136,7 +136,8 @@ class MLICv2(LatentCodec):
         else:
             # at H/4 a mixing block takes 1.8 times as long to train as a plain one, for less than half of its products
             kinds = ("pmm", "pmm") if config.mixing else config.kinds
-            first, second = (blocks_of(k, (0, 0, config.narrow or 0)) for k in kinds)
+            hidden = ((at4, at8, at16 or config.narrow or 0) for at4, at8, at16 in config.hidden)
+            first, second = (blocks_of(*side) for side in zip(kinds, hidden))
             self.g_a = PatchAnalysis(config.widths, config.encoder_blocks, latent, first, config.gates)
             self.g_s = PatchSynthesis(config.widths, config.decoder_blocks, latent, second, config.gates)
             reach, self.synthesis_margin = patch_margins(config.encoder_blocks, config.decoder_blocks, kinds)

@@ -30,6 +30,7 @@ from .data import load_folder
 from .files import save
 from .loop import Recipe, transfer
 from .optim import optimisers
+from .start import start_of
 
 LEVELS_TESTED = (0, 150, 300, 500, 700, 850)
 
@@ -212,7 +213,7 @@ def compare(names: list[str], state: dict[str, Tensor], stacks: list[Tensor], pi
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m neuralcodec.train.contexts", description=__doc__.split("\n")[0])
     parser.add_argument("models", nargs="+", help="codecs (light) or CODEC:PRESET; the first is the yardstick")
-    parser.add_argument("--transform", type=Path, required=True, help="last.pt of a trained hyperprior:light")
+    parser.add_argument("--transform", type=Path, required=True, help="last.pt or weights file of a hyperprior:light")
     parser.add_argument("--data", type=Path, required=True, help="folder of training pictures")
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--test", type=Path, required=True, help="folder of pictures to code")
@@ -224,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    state = torch.load(args.transform, map_location="cpu", weights_only=True)["ema"]
+    state = start_of(args.transform)
     pictures = [p[None] for stack in load_folder(args.test) for p in stack.float() / 255]
     anchor = load_anchor(*args.anchor.split(":"))
     recipe = Recipe.read(args.recipe, steps=args.steps)

@@ -38,6 +38,7 @@ from .klt import start_at_klt
 from .optim import optimisers
 from .plot import plot_run
 from .revive import dead_share
+from .start import start_of
 
 
 @dataclass
@@ -197,7 +198,7 @@ def train(codec: ImageCodec, stacks: list[Tensor], recipe: Recipe, out: Path, *,
     codec = codec.to(device=device, memory_format=torch.channels_last).train()
     fresh = codec.state_dict().keys()
     if init is not None:
-        fresh = transfer(codec, torch.load(init, map_location=device, weights_only=True)["ema"])
+        fresh = transfer(codec, start_of(init, device))
         print(f"taken over: all but {len(fresh)} of {len(codec.state_dict())} tensors", flush=True)
     elif recipe.start == "klt":
         start_at_klt(codec.cpu(), stacks[-1][: recipe.klt_pictures])
@@ -359,7 +360,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--muon-lr", type=float)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pt")
-    parser.add_argument("--init", type=Path, help="start from the averaged weights of this checkpoint, where shapes agree")
+    parser.add_argument("--init", type=Path, help="start from the averaged weights of this checkpoint, or from a "
+                        "weights file (.safetensors), where shapes agree")  # fmt: skip
     parser.add_argument("--teacher", help="distil from CODEC:PRESET[=checkpoint or weights], frozen (see train/distill.py); "
                                           "without it the codec learns alone")  # fmt: skip
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), help="do this stage of the distillation and stop: feature "

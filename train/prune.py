@@ -24,6 +24,7 @@ from ..codecs.base import LEVELS
 from ..nn.blocks import NormedBlock
 from .data import load_folder
 from .files import save
+from .start import start_of
 
 RIDGE = 1e-4  # of the mean square of a hidden channel
 SAMPLES = 60_000  # positions of a block that a fit sees
@@ -126,7 +127,7 @@ def narrow(codec: nn.Module, widths: dict[str, int], x: Tensor, level: Tensor, b
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m neuralcodec.train.prune", description=__doc__.split("\n")[0])
     parser.add_argument("codec", help="codec and preset of the checkpoint")
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=Path, help="last.pt of a run, or a weights file")
     parser.add_argument("--drop", nargs="*", default=[], metavar="BLOCK", help="blocks to take out: g_a.at8.1")
     parser.add_argument("--hidden", nargs="*", default=[], metavar="STAGE:N", help="hidden channels to leave: g_a.at8:32")
     parser.add_argument("--data", type=Path, required=True, help="folder of training pictures")
@@ -136,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     name, preset = registry.split(args.codec)
     codec = registry.codec_class(name).from_preset(preset).eval()
-    codec.load_state_dict(torch.load(args.checkpoint, map_location="cpu", weights_only=True)["ema"])
+    codec.load_state_dict(start_of(args.checkpoint))
     codec.latent.rounded_rate = True
     x = load_folder(args.data, args.cache)[-1][: args.pictures, :, :256, :256].float() / 255
     level = torch.linspace(0, LEVELS, len(x))[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
