@@ -13,7 +13,7 @@ the fast skeleton of ``nn.transforms`` with the slices of the control.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -47,6 +47,8 @@ class Config:
     """Energy gates at H/4 and H/8, see ``nn.transforms``."""
     kinds: tuple[str, str] = field(default=PLAIN, metadata=ADDED)
     """Kinds of the blocks of either side at H/4, H/8 and H/16 without ``attention``, see ``nn.transforms.KINDS``."""
+    hidden: tuple[tuple[int, int, int], tuple[int, int, int]] = field(default=((0, 0, 0), (0, 0, 0)), metadata=ADDED)
+    """Their hidden widths on either side at H/4, H/8 and H/16; 0 for as many channels as the map has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,18 +72,24 @@ class PaperConfig:
     attention: bool = False
 
 
+# As large as the light presets of the other codecs, to compare what is in them (``train/recipes/compare.toml``).
+_COMPARE = Config((48, 72), (1, 0, 0), (1, 0, 0),
+                  LatentConfig((32, 48, 64, 96), hyper=32, width=48, features=48, context=48, trunk=64, squeeze=32,
+                               residual=32), gates=True)  # fmt: skip
+_BASE = Config((80, 144), (3, 3, 0), (1, 1, 0),
+               LatentConfig((24, 56, 88, 120), hyper=48, width=80, features=96, context=96, trunk=120, squeeze=64,
+                            residual=64, lambda_low=0.0005, lambda_high=0.45), gates=True, kinds=("nnn", "nnn"))  # fmt: skip
+
+
 class FEDS(LatentCodec):
     name = "feds"
     presets = {
         "test": Config((16, 16), (1, 1, 0), (1, 1, 0),
                        LatentConfig((8, 16), hyper=8, width=16, features=16, context=16, trunk=16, squeeze=16,
                                     residual=16)),
-        "light": Config((48, 72), (1, 0, 0), (1, 0, 0),
-                        LatentConfig((32, 48, 64, 96), hyper=32, width=48, features=48, context=48, trunk=64,
-                                     squeeze=32, residual=32), gates=True),
-        "base": Config((80, 144), (3, 3, 0), (1, 1, 0),
-                       LatentConfig((24, 56, 88, 120), hyper=48, width=80, features=96, context=96, trunk=120, squeeze=64,
-                                    residual=64, lambda_low=0.0005, lambda_high=0.45), gates=True, kinds=("nnn", "nnn")),
+        "compare": _COMPARE,
+        "light": replace(_BASE, encoder_blocks=(3, 2, 0), hidden=((16, 16, 0), (48, 48, 0))),  # pruned (``train.prune``)
+        "base": _BASE,
         "teacher": Config((64, 96), (2, 2, 0), (2, 2, 0),
                           LatentConfig((32, 48, 80, 128), hyper=32, width=64, features=64, context=64, trunk=80,
                                        squeeze=48, residual=48), attention=True),
@@ -103,7 +111,7 @@ class FEDS(LatentCodec):
             reach += 8 * SEEN * config.encoder_blocks[1]
             self.synthesis_margin += SEEN // 2 * config.decoder_blocks[1]
         self.analysis_margin = -(-reach // self.tile_multiple) * self.tile_multiple
-        first, second = (blocks_of(kinds) for kinds in config.kinds)
+        first, second = (blocks_of(*side) for side in zip(config.kinds, config.hidden))
         if config.attention:
             first = second = (ResidualBlock, attentive_block, ResidualBlock)
         self.g_a = PatchAnalysis(config.widths, config.encoder_blocks, config.latent, first, config.gates)

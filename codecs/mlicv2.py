@@ -103,6 +103,11 @@ _BASE = Config((96, 192), encoder_blocks=(4, 3, 1), decoder_blocks=(1, 3, 1), mi
                latent=MlicConfig((24, 56, 96, 144), hyper=64, width=96, features=112, channel=((96, 1), (112, 3)),
                                  local=48, inter=16, intra=0, attention=32, entropy=(128, 128), residual=(80,),
                                  guide=16, lambda_low=0.0005, lambda_high=0.45, **_SMALL))  # fmt: skip
+# As large as the light presets of the other codecs, to compare what is in them (``train/recipes/compare.toml``).
+_COMPARE = Config((64, 96), encoder_blocks=(2, 2, 0), decoder_blocks=(2, 2, 0),
+                  latent=MlicConfig((32, 48, 80, 128), hyper=32, width=56, features=56, channel=((40, 1), (56, 3)), local=32,
+                                    inter=16, intra=0, attention=32, entropy=(64, 72), residual=(40,), guide=16,
+                                    **_SMALL))  # fmt: skip
 # Pruned from base (``train.prune``), with a second block at H/4 of the decoder.
 _LIGHT = replace(_BASE, encoder_blocks=(4, 2, 0), decoder_blocks=(2, 3, 0), hidden=((32, 48, 0), (64, 96, 0)), narrow=None)
 # The net before it, of plain blocks. Three at H/8 of the encoder and one at H/16 of either side, which there were in training,
@@ -119,6 +124,7 @@ class MLICv2(LatentCodec):
                                          inter=8, intra=8, attention=16, head=8, window=3, entropy=(16, 16), residual=(8,),
                                          guide=8, reweight=True, **_SMALL | {"inter_head": 8})),
         "light": _LIGHT,
+        "compare": _COMPARE,
         "light-selective": replace(_LIGHT, latent=replace(_LIGHT.latent, selective=True)),  # --init from light
         "base": _BASE,
         "base-ms-ssim": _PLAIN,

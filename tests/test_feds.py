@@ -24,7 +24,8 @@ TINY = PaperConfig(8, 1, CharmConfig((8, 16), 8, width=8, context=(8, 8)), atten
 
 
 @pytest.mark.parametrize("preset, millions, within", [
-    ("paper", 38.5, 0.02), ("paper-teacher", 104.9, 0.02), ("light", 1.5, None), ("base", 8.0, None), ("teacher", 3.0, None),
+    ("paper", 38.5, 0.02), ("paper-teacher", 104.9, 0.02),
+    ("compare", 1.5, None), ("light", 2.0, None), ("base", 8.0, None), ("teacher", 3.0, None),
 ])  # fmt: skip
 def test_sizes(preset, millions, within):
     """Within 2 % of the specification's counts, or below the limits of the smaller presets."""

@@ -13,7 +13,7 @@ from neuralcodec.train import loop
 from neuralcodec.train.start import fitted, start_of
 from PIL import Image
 
-MODELS = ["feds:test", "hcfssnet:test", "hyperprior:test", "mlicv2:test", "s2lic:test"]
+MODELS = ["feds:test", "hcfssnet:test", "hyperprior:test", "mlicv2:test", "s2lic:test", "vaeformer:test"]
 
 
 def started(model):
@@ -37,6 +37,8 @@ def test_frozen_again_it_is_what_it_was(model):
     mass = 2.0 ** -shipped.latent.z_tables.bits(values, rows)
     more = codec.latent.z_tables.bits(values, rows) - shipped.latent.z_tables.bits(values, rows)
     assert (mass * more).sum() < 0.02 * (mass * shipped.latent.z_tables.bits(values, rows)).sum()
+    if codec.kind != "image":
+        return
     y = shipped.analyse(as_tensor(photo())[:, :, :128, :128], 500)
     codec.latent.set_tables(codec.latent.z_tables, shipped.latent.y_tables)  # of the density that it was frozen with
     assert codec.estimate_bits(y, 500) == pytest.approx(shipped.estimate_bits(y, 500), rel=0.01)

@@ -398,11 +398,11 @@ def test_contexts_are_compared_on_one_transform(folder, tmp_path):
     pictures = [p[None].float() / 255 for p in stacks[-1][:1]]
     anchor = load_anchor("kodak", "vtm")
     settings = recipe(steps=3, optimiser="muon")
-    rows = compare(["hyperprior", "mlicv2"], state, [stacks[-1]], pictures, settings, anchor, tmp_path)
-    assert [row["model"] for row in rows] == ["hyperprior", "mlicv2"]
+    rows = compare(["hyperprior", "mlicv2:compare"], state, [stacks[-1]], pictures, settings, anchor, tmp_path)
+    assert [row["model"] for row in rows] == ["hyperprior", "mlicv2:compare"]
     assert rows[1]["curve"] != rows[0]["curve"] and np.isfinite(rows[1]["bd_rate_to_first"])
-    for name in ("hyperprior", "mlicv2"):
-        trained = torch.load(tmp_path / f"{name}.pt", weights_only=True)["ema"]
+    for name in ("hyperprior", "mlicv2:compare"):
+        trained = torch.load(tmp_path / f"{name.replace(':', '-')}.pt", weights_only=True)["ema"]
         assert all(torch.equal(trained[k], v) for k, v in state.items() if k.startswith("g_"))
         fresh_latent = graft(name, state).state_dict()
         assert any(not torch.equal(trained[k], v) for k, v in fresh_latent.items() if k.startswith("latent.models"))

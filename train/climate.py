@@ -32,6 +32,7 @@ from ..codecs.vaeformer import GRAVITY, VARIABLES, Plane, VAEformer, facts_of, n
 from ..entropy.exact import ACT_FRAC
 from .freeze import freeze_codec
 from .optim import optimisers
+from .start import start_of
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -244,14 +245,14 @@ def train(codec: VAEformer, stacks: list[Stack], recipe: Recipe, out: Path, repo
           init: Path | None = None) -> VAEformer:  # fmt: skip
     """Train for ``recipe.minutes``; the averaged codec. ``out``/log.jsonl gets a line every ``report`` seconds.
 
-    ``init``: a checkpoint whose averaged weights are the start; there is no first phase then.
+    ``init``: a checkpoint whose averaged weights are the start, or a weights file; there is no first phase then.
     """
     torch.manual_seed(recipe.seed)
     sampler = Sampler(stacks, recipe.seed, codec.config.stride)
     if init is None:
         start_at_components(codec, sampler)
     else:
-        codec.load_state_dict(torch.load(init, weights_only=True)["ema"])
+        codec.load_state_dict(start_of(init))
     averaged = deepcopy(codec)
     opts = optimisers(codec, "muon", recipe.lr, recipe.muon_lr)
     peaks = [[g["lr"] for g in o.param_groups] for o in opts]
@@ -318,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("model", help="vaeformer:PRESET, or prior")
     parser.add_argument("--data", type=Path, required=True, help="folder of netCDF files")
     parser.add_argument("--out", type=Path, default=Path("runs/climate"))
-    parser.add_argument("--init", type=Path, help="start from the averaged weights of this checkpoint")
+    parser.add_argument("--init", type=Path, help="start from the averaged weights of this checkpoint, or from a weights file")
     parser.add_argument("--minutes", type=float, default=Recipe.minutes)
     parser.add_argument("--weights", type=Path, help="folder into which the frozen model goes")
     parser.add_argument("--note", default="", help="a sentence for the card: data, hardware")
