@@ -407,4 +407,4 @@ def test_contexts_are_compared_on_one_transform(folder, tmp_path):
         fresh_latent = graft(name, state).state_dict()
         assert any(not torch.equal(trained[k], v) for k, v in fresh_latent.items() if k.startswith("latent.models"))
     with pytest.raises(ValueError, match="knots"):
-        graft("feds", state)
+        graft("feds:compare", state)

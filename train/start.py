@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..codecs import registry
 from ..codecs.weights import load_weights
-from ..entropy.context.mlic import Rotary
 from ..entropy.exact import thaw
 from ..entropy.factorized import FactorizedPrior
 from ..entropy.tables import PRECISION, Tables
@@ -42,21 +41,11 @@ def thawed(path: Path) -> dict[str, Tensor]:
     codec, fresh = (registry.codec_class(about["codec"]).from_preset(about["preset"]) for _ in range(2))
     load_weights(codec, path)
     state = thaw(codec).state_dict()
-    for name, module in codec.named_modules():
-        if isinstance(module, Rotary):
-            state[f"{name}.log_theta"] = thetas(module)
     for name, tensor in fresh.state_dict().items():
         if name.endswith("log_gain") and name in state and state[name].shape != tensor.shape:  # frozen at more knots
             state[name] = state[name][:: (len(state[name]) - 1) // (len(tensor) - 1)]
     state |= {f"latent.prior.{k}": v for k, v in fitted(codec.latent.z_tables).state_dict().items()}
     return {name: state[name] for name in fresh.state_dict()}  # a frozen layer has a bias where the float one does without
-
-
-def thetas(rotary: Rotary) -> Tensor:
-    """log_theta (2,) of a frozen rotary embedding, from the turns of pair 1 over all positions of either axis."""
-    cosine, sine = rotary.turn_q[:, :, 1].double().unbind(-1)
-    angle = np.unwrap(torch.atan2(sine, cosine).numpy())
-    return -torch.from_numpy((angle[:, -1] - angle[:, 0]) / (angle.shape[1] - 1)).log().float() * rotary.pairs
 
 
 def fitted(tables: Tables) -> FactorizedPrior:

@@ -216,7 +216,11 @@ class Rotary(Freezable):
         return {"turn_q": torch.floor(turns * 2.0**TURN_FRAC + 0.5).to(torch.int16)}
 
     def _thaw(self) -> dict[str, Tensor]:
-        return {}
+        """From the turns of pair 1 over all positions of either axis; ``forward`` goes on with the table."""
+        cosine, sine = self.turn_q[:, :, 1].double().unbind(-1)
+        turns = torch.atan2(sine, cosine).diff(dim=1)
+        per_step = (torch.remainder(turns + math.pi, 2 * math.pi) - math.pi).mean(1)
+        return {"log_theta": -per_step.log() * self.pairs}
 
     def set_frozen(self, tensors: dict[str, Tensor]) -> None:
         turn = tensors["turn_q"]
