@@ -96,10 +96,9 @@ _PUBLISHED = MlicConfig((32,) * 10, hyper=192, width=192, features=640, publishe
 _PAPER = replace(_PUBLISHED, rope=True, guide=64, reweight=True)
 
 # Dense kernels in place of token mixing make more products in the same time: two threads took 0.65 s a megapixel for 67 kMAC/px
-# of plain blocks, 0.82 s for 57 kMAC/px of mixing. The widths are those with which a megapixel still decodes within a second;
-# the encoder is deeper, since that costs no decoding, up to the 16 MiB that a file of weights may have.
-_BASE = Config((96, 192), encoder_blocks=(4, 3, 1), decoder_blocks=(1, 3, 1), mixing=False, narrow=80, gates=True,
-               kinds=("nnn", "nnn"),
+# of plain blocks, 0.82 s for 57 kMAC/px of mixing. What counts is the decoder, at H/4 above all, where a block has few
+# parameters (a file of weights may have 16 MiB): blocks at H/16 and a third one at H/8 of the encoder had learned little.
+_BASE = Config((96, 192), encoder_blocks=(4, 2, 0), decoder_blocks=(4, 3, 0), mixing=False, gates=True, kinds=("nnn", "nnn"),
                latent=MlicConfig((24, 56, 96, 144), hyper=64, width=96, features=112, channel=((96, 1), (112, 3)),
                                  local=48, inter=16, intra=0, attention=32, entropy=(128, 128), residual=(80,),
                                  guide=16, lambda_low=0.0005, lambda_high=0.45, **_SMALL))  # fmt: skip
@@ -108,9 +107,9 @@ _COMPARE = Config((64, 96), encoder_blocks=(2, 2, 0), decoder_blocks=(2, 2, 0),
                   latent=MlicConfig((32, 48, 80, 128), hyper=32, width=56, features=56, channel=((40, 1), (56, 3)), local=32,
                                     inter=16, intra=0, attention=32, entropy=(64, 72), residual=(40,), guide=16,
                                     **_SMALL))  # fmt: skip
-# Pruned from base (``train.prune``), with a second block at H/4 of the decoder.
-_LIGHT = replace(_BASE, encoder_blocks=(4, 2, 0), decoder_blocks=(2, 3, 0), hidden=((32, 48, 0), (64, 96, 0)), narrow=None)
-# The net before it, of plain blocks. Three at H/8 of the encoder and one at H/16 of either side, which there were in training,
+# Pruned from base (``train.prune``).
+_LIGHT = replace(_BASE, encoder_blocks=(4, 2, 0), decoder_blocks=(2, 3, 0), hidden=((32, 48, 0), (64, 96, 0)))
+# A net before it, of plain blocks. Three at H/8 of the encoder and one at H/16 of either side, which there were in training,
 # had died (see ``train.revive``); their width ``narrow`` stays, because it counts in the id of the models.
 _PLAIN = replace(_BASE, encoder_blocks=(3, 0, 0), decoder_blocks=(1, 3, 0), narrow=112, gates=False, kinds=PLAIN,
                  latent=replace(_BASE.latent, lambda_high=0.3))  # fmt: skip

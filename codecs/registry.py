@@ -20,7 +20,7 @@ WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 _classes: dict[str, str] = {}
 # by measurement on Kodak, see README: what codes when nobody asks, and the ends of the choice
 _defaults = {
-    "image": "mlicv2:base", "image-fast": "hyperprior:light", "image-best": "mlicv2:base",
+    "image": "mlicv2:light", "image-fast": "hyperprior:light", "image-best": "mlicv2:base",
     "bytes": "nacrith:light",
 }  # fmt: skip
 _loaded: dict[tuple[str, str], Codec] = {}

@@ -63,6 +63,7 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of the results (default %(default)s); a second run goes on there")  # fmt: skip
     add("-j", "--jobs", type=int, default=1, metavar="N", help="samples at once; 0 means one per core (default 1)")
     add("--threads", type=int, metavar="N", help="threads of each process (default: cores / jobs)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where our models of pictures run (default %(default)s)")
     add("--report", type=Path, metavar="FILE", help="also write a page (HTML, one file) with tables, plots, pictures")
     add("--card", action="store_true", help="write the result into the cards of our models")
     add("--json", action="store_true", help="the summary as JSON on stdout")

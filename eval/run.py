@@ -34,7 +34,7 @@ from ..datasets.registry import Dataset, DatasetError, check_bytes, check_pixels
 from .bdrate import METHODS, anchor_names, bd_psnr, bd_rate, load_anchor
 from .kinds import KINDS, SET_METRICS, Item, Kind
 from .peers import is_peer, peer
-from .subject import Ours, OursBytes, Subject, parted
+from .subject import DEVICE, Ours, OursBytes, Subject, parted
 
 QUALITIES = (0.0, 12.0, 25.0, 40.0, 55.0, 70.0, 85.0, 100.0)
 DEFAULT_ANCHORS = ("vtm", "mlicpp")  # published curves taken when nobody asks for another, the first that there is
@@ -131,7 +131,7 @@ def _point(name: str, kind: str, qualities: tuple[float, ...], item: Item, setti
         subject, sample = _subject(name, kind, qualities), read(kind, item)
         warm = name, kind, KINDS[kind].shape(sample)
         if warm not in _warm:
-            subject.decode(subject.encode(sample if subject.whole else KINDS[kind].data(sample), setting))
+            subject.warm_up(sample if subject.whole else KINDS[kind].data(sample), setting)
             _warm.add(warm)
         with tempfile.TemporaryDirectory() as folder:
             return measure(subject, KINDS[kind], sample, setting, Path(folder), metrics)
@@ -482,7 +482,8 @@ def evaluate(spec: str | Path, models: list[str], peers: list[str], out: Path, *
     summary: dict[str, Any] = {
         "dataset": dataset.name if dataset else found.label, "kind": this.name, "samples": len(samples),
         "dataset_sha256": sha256, "anchor": None, "anchor_source": None,
-        "environment": environment() | {"jobs": jobs, "threads": threads}, "codecs": {}, "failures": failures,
+        "environment": environment() | {"jobs": jobs, "threads": threads, "device": os.environ.get(DEVICE, "cpu")},
+        "codecs": {}, "failures": failures,
     }  # fmt: skip
     everything: dict[str, tuple[str, list[Point]]] = {}
     for name in [measured, *models, *peers] if measured else [*models, *peers]:
@@ -650,6 +651,12 @@ def main(args: argparse.Namespace) -> int:
         from .perceptual import SQUEEZENET
 
         os.environ[SQUEEZENET] = str(args.squeezenet)
+    if args.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UsageError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+    os.environ[DEVICE] = args.device
     jobs = args.jobs or os.cpu_count() or 1
     summary = evaluate(
         spec, args.codec, args.peers, args.out, qualities=args.qualities, anchor=args.anchor, kind=args.kind, jobs=jobs,

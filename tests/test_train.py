@@ -19,7 +19,7 @@ from neuralcodec.codecs.hyperprior import Config, Hyperprior
 from neuralcodec.codecs.weights import load_weights
 from neuralcodec.eval.metrics import ms_ssim_tensor
 from neuralcodec.train import loop
-from neuralcodec.train.data import Crops, load_folder
+from neuralcodec.train.data import Crops, load_folder, retoned
 from neuralcodec.train.freeze import freeze_checkpoint
 from neuralcodec.train.klt import start_at_klt
 from neuralcodec.train.loop import Recipe, fit_blocks, rd_loss, train, transfer
@@ -101,6 +101,31 @@ def test_crops_are_parts_of_pictures_and_repeatable():
     assert len(seen) > 40
     with pytest.raises(ValueError, match="at least 64"):
         Crops([picture], 4, 64, "cpu", seed=0)
+
+
+def test_crops_of_other_scale_and_tone():
+    """Resized crops are of the size asked for and in range, from pictures large enough for their side; a grey picture keeps
+    its place between black and white; half of the crops keep their tone."""
+    stacks = [torch.full((2, 3, 64, 64), 51, dtype=torch.uint8), torch.full((1, 3, 96, 96), 204, dtype=torch.uint8)]
+    crops = Crops(stacks, 8, 64, "cpu", seed=1, resize=(1.0, 1.5))
+    sides = {crops._side() for _ in range(200)}
+    assert min(sides) == 64 and 90 <= max(sides) <= 96 and len(sides) > 20
+    seen = set()
+    for _ in range(40):
+        x = crops.next()
+        assert x.shape == (8, 3, 64, 64) and x.min() >= 0 and x.max() <= 1
+        assert float((x - x.mean((1, 2, 3), keepdim=True)).abs().max()) < 1e-5  # each of one grey
+        seen |= {round(255 * v) for v in x.mean((1, 2, 3)).tolist()}
+    assert seen == {51, 204}
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(400, 3, 4, 4, generator=generator)
+    y = retoned(x, 0.25, generator)
+    kept = (x == y).flatten(1).all(1)
+    assert 150 < kept.sum() < 250 and y.min() >= 0 and y.max() <= 1 and y.isfinite().all()
+    assert float((x - y)[~kept].abs().mean()) > 0.02
+    black, white = torch.zeros(50, 3, 4, 4), torch.ones(50, 3, 4, 4)
+    darkest, brightest = (retoned(v, 0.25, torch.Generator().manual_seed(2)).mean((1, 2, 3)) for v in (black, white))
+    assert (darkest < brightest).all() and darkest.max() < 0.3 and brightest.min() > 0.7
 
 
 # --- optimiser and start --------------------------------------------------------------------------------------------

@@ -20,6 +20,9 @@ from .optim import Muon, orthogonalise
 
 WARM_UP = 4  # steps before the capture, in which libraries choose their algorithms; weights are put back afterwards
 BUCKET_ROWS, BUCKET_COLUMNS = 32, 128  # sizes of matrices are rounded up to multiples of these
+COMPILED = {"": (), "transforms": ("g_a", "g_s"), "all": ("g_a", "g_s", "latent")}
+"""What ``torch.compile`` takes. Two thirds of the kernels of a step are small ones of the entropy model: with it mlicv2 trained
+on 165 million pixels a second of an H200 in the place of 120, but nearly two minutes passed before its first step."""
 
 
 def _flat_view(flat: Tensor, at: int, p: Tensor) -> Tensor:
@@ -35,12 +38,12 @@ class Step:
     """``step(x, level, factor, decay)`` trains once on x (B, 3, h, w) at level (B,); -> figures, device scalars by name.
 
     ``codec`` and ``ema`` must be on their device; ``optimisers`` (those of ``optim.optimisers``) say what moves how fast, and
-    are not used themselves; ``compiled`` has g_a and g_s compiled. The shapes of the first call are those of all: other
+    are not used themselves; ``compiled`` says what is, see ``COMPILED``. The shapes of the first call are those of all: other
     shapes, or other parts that rest, want another Step that takes the ``state_dict`` of this one.
     """
 
     def __init__(self, codec: ImageCodec, ema: ImageCodec, optimisers: list[torch.optim.Optimizer], recipe: Any,
-                 objective: Any, compiled: bool = False):  # fmt: skip
+                 objective: Any, compiled: str = ""):  # fmt: skip
         self.codec, self.recipe, self.objective = codec, recipe, objective
         self.device = next(codec.parameters()).device
         names = {id(p): n for n, p in codec.named_parameters()}
@@ -86,9 +89,10 @@ class Step:
         self.buckets = [(torch.stack([i for i, _ in parts]),
                          torch.tensor([s for _, s in parts], **new)[:, None, None]) for parts in matrices.values()]  # fmt: skip
         self.graph: Any = None
-        if compiled:
-            codec.g_a.compile()
-            codec.g_s.compile()
+        for name in COMPILED[compiled]:
+            codec.get_submodule(name).compile()
+        if codec.latent.rounded_rate:  # a hard stage is over before its entropy model is compiled anew
+            codec.latent._compiled_call_impl = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments; parameters and averages are the codecs' own."""

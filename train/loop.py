@@ -181,7 +181,7 @@ def set_hard(codec: ImageCodec, hard: bool) -> None:
 
 
 def train(codec: ImageCodec, stacks: list[Tensor], recipe: Recipe, out: Path, *, device: str = "cpu",
-          resume: bool = False, init: Path | None = None, checkpoint_minutes: float = 4, compile_model: bool = False,
+          resume: bool = False, init: Path | None = None, checkpoint_minutes: float = 4, compile_model: str = "",
           log_every: int = 100, objective: Objective | None = None, until: float = 1.0) -> None:  # fmt: skip
     """Train until this fraction of the recipe is done. Writes ``last.pt`` (everything), ``log.jsonl`` and ``progress.png``."""
     objective = (objective or Objective()).to(device)
@@ -267,7 +267,8 @@ def train(codec: ImageCodec, stacks: list[Tensor], recipe: Recipe, out: Path, *,
             elif compile_model:
                 model = torch.compile(model)
             torch.manual_seed(recipe.seed * 1000 + rank + 7 * step)  # a run resumed here goes on like one that was not stopped
-            crops = Crops(stacks, stage["batch"], stage["crop"], device, seed=recipe.seed * 1000 + rank + 7 * step)
+            crops = Crops(stacks, stage["batch"], stage["crop"], device, recipe.seed * 1000 + rank + 7 * step,
+                          stage.get("resize", (1.0, 1.0)), stage.get("tone", 0.0))  # fmt: skip
         for opt in opts:
             for group in opt.param_groups:
                 group["lr"] = group["peak"] * recipe.rate(step, done)
@@ -368,7 +369,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "alignment, channels by their bits, fine-tuning. Later ones go on with --resume")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--compile", nargs="?", choices=("transforms", "all"), const="transforms", default="",
+                        help="torch.compile the transforms (without a value), or the entropy model too, which takes minutes "
+                        "and pays in long runs on an accelerator")  # fmt: skip
     parser.add_argument("--checkpoint-minutes", type=float, default=4)
 
 

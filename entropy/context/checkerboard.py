@@ -20,5 +20,9 @@ def anchor_mask(h: int, w: int, device: torch.device | str = "cpu") -> Tensor:
 @torch.inference_mode(False)  # what is kept must also serve training
 def positions(h: int, w: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Flat indexes (row-major) of the anchors and of the others, each increasing: the coding order of a pass."""
-    flat = anchor_mask(h, w, device).reshape(-1) > 0
-    return flat.nonzero()[:, 0], (~flat).nonzero()[:, 0]
+    # arithmetic, since a compiler cannot follow ``nonzero``
+    at = 2 * torch.arange((h * w + 1) // 2, device=device)
+    if w % 2:
+        return at, at[: h * w // 2] + 1
+    odd = at // max(w, 1) % 2
+    return at + odd, at + 1 - odd
