@@ -108,7 +108,7 @@ _COMPARE = Config((64, 96), encoder_blocks=(2, 2, 0), decoder_blocks=(2, 2, 0),
                                     inter=16, intra=0, attention=32, entropy=(64, 72), residual=(40,), guide=16,
                                     **_SMALL))  # fmt: skip
 # Pruned from base (``train.prune``).
-_LIGHT = replace(_BASE, encoder_blocks=(4, 2, 0), decoder_blocks=(2, 3, 0), hidden=((32, 48, 0), (64, 96, 0)))
+_LIGHT = replace(_BASE, decoder_blocks=(3, 3, 0), hidden=((48, 64, 0), (64, 128, 0)))
 # A net before it, of plain blocks. Three at H/8 of the encoder and one at H/16 of either side, which there were in training,
 # had died (see ``train.revive``); their width ``narrow`` stays, because it counts in the id of the models.
 _PLAIN = replace(_BASE, encoder_blocks=(3, 0, 0), decoder_blocks=(1, 3, 0), narrow=112, gates=False, kinds=PLAIN,

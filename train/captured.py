@@ -22,7 +22,8 @@ WARM_UP = 4  # steps before the capture, in which libraries choose their algorit
 BUCKET_ROWS, BUCKET_COLUMNS = 32, 128  # sizes of matrices are rounded up to multiples of these
 COMPILED = {"": (), "transforms": ("g_a", "g_s"), "all": ("g_a", "g_s", "latent")}
 """What ``torch.compile`` takes. Two thirds of the kernels of a step are small ones of the entropy model: with it mlicv2 trained
-on 165 million pixels a second of an H200 in the place of 120, but nearly two minutes passed before its first step."""
+on 165 million pixels a second of an H200 in the place of 120, but nearly two minutes passed before its first step.
+"""
 
 
 def _flat_view(flat: Tensor, at: int, p: Tensor) -> Tensor:
