@@ -638,7 +638,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """``codec eval``; 1 when a point failed."""
-    from ..cli import progress_bar
+    from ..cli import device_of, progress_bar
 
     if args.dataset and args.folder:
         raise UsageError("name the data set once")
@@ -651,12 +651,7 @@ def main(args: argparse.Namespace) -> int:
         from .perceptual import SQUEEZENET
 
         os.environ[SQUEEZENET] = str(args.squeezenet)
-    if args.device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise UsageError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
-    os.environ[DEVICE] = args.device
+    os.environ[DEVICE] = "cpu" if args.device == "cpu" else device_of(args)
     jobs = args.jobs or os.cpu_count() or 1
     summary = evaluate(
         spec, args.codec, args.peers, args.out, qualities=args.qualities, anchor=args.anchor, kind=args.kind, jobs=jobs,

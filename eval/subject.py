@@ -156,8 +156,10 @@ class Ours(Subject):
 
     def warm_up(self, sample: np.ndarray, setting: float) -> None:
         search, self._search = self._search, None  # minutes of search would warm nothing else
-        super().warm_up(sample, setting)
-        self._search = search
+        try:
+            super().warm_up(sample, setting)
+        finally:
+            self._search = search
 
     def decode(self, data: bytes) -> np.ndarray:
         from ..codecs.image import decode_picture

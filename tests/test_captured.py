@@ -52,6 +52,28 @@ def test_a_flat_step_is_the_optimisers_step(kind, hard):
     assert any(name.startswith("g_a.") for name in moved) != hard
 
 
+def test_a_compiled_step_is_the_plain_one(monkeypatch):
+    """With the entropy model compiled as well, and with it taken out again by the next Step."""
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: real(module, backend="eager"))
+    torch.manual_seed(1)
+    codec = MLICv2.from_preset("test").to(memory_format=torch.channels_last).train()
+    other = deepcopy(codec)
+    x, level = torch.rand(2, 3, 64, 64), torch.tensor([100.0, 800.0])
+    start = {k: v.clone() for k, v in codec.state_dict().items()}
+    losses = []
+    for one, compiled in ((other, ""), (codec, "all"), (codec, "transforms")):
+        one.load_state_dict(start)
+        kinds = optimisers(one, "muon", 1e-3, 2e-3)
+        step = Step(one, deepcopy(one).requires_grad_(False), kinds, Recipe(), Objective(), compiled)
+        assert (one.latent._compiled_call_impl is not None) == (compiled == "all")
+        assert (one.g_s._compiled_call_impl is not None) == bool(compiled)
+        torch.manual_seed(2)
+        losses.append(float(step(x, level, 0.5, 0.5)["loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) == pytest.approx(losses[2], rel=1e-4)
+    assert not torch.equal(codec.latent.log_gain, start["latent.log_gain"])
+
+
 def test_a_step_without_finite_gradient_changes_nothing_for_good():
     torch.manual_seed(1)
     codec = Hyperprior.from_preset("test").train()

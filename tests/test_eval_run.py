@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import scene
 from neuralcodec.cli import main
 from neuralcodec.codecs import registry
@@ -120,6 +121,23 @@ def test_a_search_is_measured_beside_the_plain_encoder(pictures, tmp_path):
     assert (tmp_path / "hyperprior-test-24.points.jsonl").exists()
     with pytest.raises(UsageError, match="number of iterations"):
         Ours("hyperprior:test+many", [50])
+
+
+def test_warming_up_does_not_search(pictures, monkeypatch):
+    """Nor does a warm-up that fails leave a subject without its search."""
+    subject, sample = Ours("hyperprior:test+24", [50]), np.asarray(Image.open(next(iter(sorted(pictures.iterdir())))))
+    search = subject._search
+    monkeypatch.setattr(type(search), "__call__", lambda *_: pytest.fail("searched"))
+    subject.warm_up(sample, 50)
+    with pytest.raises(Exception, match="shape|dim|unpack|index"):
+        subject.warm_up(sample[0, 0], 50)
+    assert subject._search is search
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_refused(pictures, tmp_path, capsys):
+    code = main(["eval", str(pictures), "--codec", "hyperprior:test", "--device", "cuda", "--out", str(tmp_path), "--quiet"])
+    assert code == 2 and "--device cpu" in capsys.readouterr().err
 
 
 def test_the_table_prints_the_overhead(pictures, tmp_path, capsys):

@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from contract import ImageCodecContract
+from neuralcodec.codecs import registry
 from neuralcodec.codecs.base import count_parameters
 from neuralcodec.codecs.mlicv2 import MlicHyperprior, MLICv2
 from neuralcodec.entropy.context.checkerboard import anchor_mask, positions
@@ -69,9 +70,15 @@ def test_mlicv2_is_as_large_as_published():
     assert core(on_meta("paper")) == pytest.approx(84.3e6, rel=0.02)
 
 
-@pytest.mark.parametrize("preset, most", [("test", 1e5), ("compare", 1.5e6), ("light", 5e6), ("base", 8e6)])
+@pytest.mark.parametrize("preset, most", [("test", 1e5), ("compare", 1.5e6), ("light", 5e6), ("base", 7e6)])
 def test_presets_keep_their_limits(preset, most):
     assert count_parameters(on_meta(preset)) <= most
+
+
+def test_the_default_decodes_with_no_more_products_than_the_one_that_took_a_second():
+    """A megapixel in a second on two cores was measured at 54.2 kMAC/px of synthesis and entropy model (README)."""
+    cost = next(c["kmac_per_pixel"] for c in registry.describe() if f"{c['codec']}:{c['preset']}" == registry.default("image"))
+    assert cost["g_s"] + cost["entropy"] <= 54.2
 
 
 @pytest.mark.parametrize("h, w", [(0, 4), (4, 0), (1, 1), (2, 4), (3, 5), (5, 3), (4, 6), (3, 4)])

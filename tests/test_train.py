@@ -404,6 +404,12 @@ def test_training_for_ms_ssim():
     assert losses[-1] < 0.95 * losses[0]
 
 
+def test_recipes_have_no_unknown_stage_keys(tmp_path):
+    (tmp_path / "r.toml").write_text("stages = [{until = 1.0, crop = 64, batch = 2, rezise = [0.8, 1.5]}]\n")
+    with pytest.raises(ValueError, match="'rezise'"):
+        Recipe.read(tmp_path / "r.toml")
+
+
 def test_recipes_name_a_known_distortion(tmp_path):
     (tmp_path / "r.toml").write_text('distortion = "vmaf"\n')
     with pytest.raises(ValueError, match="vmaf"):

@@ -22,7 +22,8 @@ WARM_UP = 4  # steps before the capture, in which libraries choose their algorit
 BUCKET_ROWS, BUCKET_COLUMNS = 32, 128  # sizes of matrices are rounded up to multiples of these
 COMPILED = {"": (), "transforms": ("g_a", "g_s"), "all": ("g_a", "g_s", "latent")}
 """What ``torch.compile`` takes. Two thirds of the kernels of a step are small ones of the entropy model: with it mlicv2 trained
-on 165 million pixels a second of an H200 in the place of 120, but nearly two minutes passed before its first step.
+on 165 million pixels a second of an H200 in the place of 120, but nearly two minutes passed before its first step. What learns
+in a hard stage is another graph, and the stage over before the entropy model is compiled anew: the loop leaves it out there.
 """
 
 
@@ -90,10 +91,12 @@ class Step:
         self.buckets = [(torch.stack([i for i, _ in parts]),
                          torch.tensor([s for _, s in parts], **new)[:, None, None]) for parts in matrices.values()]  # fmt: skip
         self.graph: Any = None
-        for name in COMPILED[compiled]:
-            codec.get_submodule(name).compile()
-        if codec.latent.rounded_rate:  # a hard stage is over before its entropy model is compiled anew
-            codec.latent._compiled_call_impl = None
+        for name in COMPILED["all"]:
+            part = codec.get_submodule(name)
+            if name in COMPILED[compiled]:
+                part.compile()
+            else:
+                part._compiled_call_impl = None  # of a Step before; torch has no public way back
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments; parameters and averages are the codecs' own."""

@@ -40,6 +40,9 @@ from .plot import plot_run
 from .revive import dead_share
 from .start import start_of
 
+STAGE_KEYS = {"until", "crop", "batch", "hard", "resize", "tone"}
+"""Where it ends; side and number of crops; whether the encoder rests (``set_hard``); scales and tones (``Crops``)."""
+
 
 @dataclass
 class Recipe:
@@ -71,6 +74,9 @@ class Recipe:
     def read(cls, path: Path | None, **overrides: Any) -> Recipe:
         """Recipe from a TOML file; ValueError for an unknown key."""
         recipe = read_recipe(cls, path, overrides)
+        unknown = {key for stage in recipe.stages for key in stage} - STAGE_KEYS
+        if unknown:
+            raise ValueError(f"{path}: a stage has no {min(unknown)!r}; it has {', '.join(sorted(STAGE_KEYS))}")
         if recipe.distortion not in ("mse", "ms-ssim"):
             raise ValueError(f"{path}: distortion is \"mse\" or \"ms-ssim\", not {recipe.distortion!r}")
         return recipe
@@ -261,7 +267,8 @@ def train(codec: ImageCodec, stacks: list[Tensor], recipe: Recipe, out: Path, *,
                 model = torch.nn.parallel.DistributedDataParallel(codec, find_unused_parameters=True)
             if captured:
                 moments = whole.state_dict() if whole else moments
-                whole = Step(codec, ema, opts, recipe, objective, compile_model)
+                hard = stage.get("hard", False)
+                whole = Step(codec, ema, opts, recipe, objective, "transforms" if hard and compile_model else compile_model)
                 if moments is not None:
                     whole.load_state_dict(moments)
             elif compile_model:
