@@ -26,7 +26,7 @@ from .container.format import Head, Limits, dumps, loads, read_head, sniff
 SUFFIX = ".nlc"
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".ppm", ".pgm"}
 DEFAULT_QUALITY = 50.0
-ANNEALING = {7: 40, 8: 80, 9: 250}
+ANNEALING = {7: 60, 8: 120, 9: 240}
 """Iterations by effort, see ``codecs.anneal``."""
 DEVICES = ("auto", "cpu", "cuda")
 EXIT_CODES = """exit codes: 0 done, 1 error, 2 wrong call, 3 damaged file, 4 model missing or mismatched,

@@ -17,7 +17,7 @@ from neuralcodec.media.image import Picture, write_picture
 LEVEL = 450
 
 
-def cost_of(codec, picture, stream, level=LEVEL):
+def cost_of(codec, picture, stream, level):
     """Bits + lambda * squared error, what the search minimises."""
     decoded = decode_picture(codec, stream).pixels
     error = np.square(picture.pixels.astype(float) - decoded).sum() / picture.pixels.shape[2]
@@ -30,17 +30,18 @@ def codec(request):
 
 
 def test_lower_cost_and_same_decoder(codec):
+    level = 700  # at which all test weights code enough for a search to find something
     picture = Picture(photo()[:96, :128])
-    plain = encode_picture(codec, picture, LEVEL)
+    plain = encode_picture(codec, picture, level)
     seen: list[tuple[int, int]] = []
     made: dict = {}
     search = Annealer(40, progress=lambda done, total: seen.append((done, total)))
-    annealed = encode_picture(codec, picture, LEVEL, tile_encoder=search, trace=made)
+    annealed = encode_picture(codec, picture, level, tile_encoder=search, trace=made)
     found: dict = {}
     decode_picture(codec, loads(dumps(annealed)), trace=found)
     assert made == found
     assert seen == [(k, 40) for k in range(1, 41)]
-    assert cost_of(codec, picture, annealed) < cost_of(codec, picture, plain)
+    assert cost_of(codec, picture, annealed, level) < 0.998 * cost_of(codec, picture, plain, level)
 
 
 def test_never_worse_than_the_start(codec):
