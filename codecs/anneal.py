@@ -15,7 +15,7 @@ that are sharp but well relaxed have less noise in their gradients; 40 iteration
 The synthesis is most of the work, and close to a linear, orthogonal transform. Its error is therefore taken anew in one of
 ``REFRESH`` iterations only; for those between, a parabola stands in: the gradient at the latest draw, and a curvature per
 channel that two runs of the synthesis tell at the start (Hutchinson's estimate with random signs). The parabola knows nothing
-of what the draws of neighbours do together, which is noise to the gradient of a cell. In the time of 40 iterations with an error
+of what draws of neighbours do together, which is noise to the gradient of a cell. In the time of 40 iterations with an error
 each, 80 such ones gain an eighth more.
 """
 
