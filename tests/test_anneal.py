@@ -8,7 +8,7 @@ import torch
 from contract import as_tensor, photo
 from neuralcodec import cli
 from neuralcodec.codecs import registry
-from neuralcodec.codecs.anneal import CHANCE, COOLING, HOT, RELAXED_MAX, Annealer, gumbel_round, temperatures, thawed
+from neuralcodec.codecs.anneal import CHANCE, COOLING, HOT, REFRESH, RELAXED_MAX, Annealer, gumbel_round, temperatures, thawed
 from neuralcodec.codecs.base import Codec
 from neuralcodec.codecs.image import decode_picture, encode_picture
 from neuralcodec.container import UsageError, dumps, loads
@@ -42,6 +42,17 @@ def test_lower_cost_and_same_decoder(codec):
     assert made == found
     assert seen == [(k, 40) for k in range(1, 41)]
     assert cost_of(codec, picture, annealed, level) < 0.998 * cost_of(codec, picture, plain, level)
+
+
+def test_synthesis_is_run_in_one_of_some_iterations(codec):
+    """Beside those: two runs to probe the curvature, and one per judgement."""
+    runs = []
+    hook = codec.g_s.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+    try:
+        encode_picture(codec, Picture(photo()[:64, :64]), LEVEL, tile_encoder=Annealer(5 * REFRESH))
+    finally:
+        hook.remove()
+    assert runs.count(True) == 2 + 5
 
 
 def test_never_worse_than_the_start(codec):
